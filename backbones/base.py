@@ -1,0 +1,71 @@
+"""The interface between a frozen pretrained model and what is trained beside it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fulgurite.methods.structure import ModelSpec
+from fulgurite.samples import Batch, Collator
+
+
+@dataclass
+class QAOutput:
+    """Result of one forward pass of a video question answering backbone.
+
+    Args:
+        logits: (B, A) scores of the answers given to `VideoQABackbone.set_answers`.
+        routing: parts of the routing feature, each (B, N_i), from the same pass.
+    """
+
+    logits: Tensor
+    routing: tuple[Tensor, ...]
+
+
+class VideoQABackbone(nn.Module, ABC):
+    """A frozen video-language model that scores a fixed list of answers.
+
+    A subclass fills `spec` in its constructor and calls `freeze` last. Parameter names are those of the pretrained
+    model and never change: adapters attach through hooks.
+
+    Args:
+        train_dropout: ``"official"`` keeps the pretrained model's dropout active while training, as the
+            published code does; ``"off"`` runs it in evaluation mode always.
+    """
+
+    spec: ModelSpec
+    answers: tuple[str, ...] = ()
+
+    def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
+        super().__init__()
+        self.train_dropout = train_dropout
+
+    def freeze(self) -> None:
+        """No gradients anywhere, evaluation mode."""
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> VideoQABackbone:
+        """Switch dropout on only where ``train_dropout`` asks for it."""
+        return super().train(mode and self.train_dropout == "official")
+
+    @abstractmethod
+    def set_answers(self, answers: Sequence[str]) -> None:
+        """Build the frozen embeddings of the answer vocabulary. Its order is the order of the logits."""
+
+    @abstractmethod
+    def collator(self, stage: str) -> Collator:
+        """A collator that makes this backbone's batches; ``stage`` is Lightning's (fit, validate, test, predict)."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> QAOutput:
+        """Score the answers for one batch with whatever adapters are attached."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest of the frozen weights, recorded in every checkpoint that stands on them."""

@@ -1,0 +1,80 @@
+"""One description of a model's structure, so that no method needs to know a family's names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of equal blocks.
+
+    Args:
+        name: e.g. ``"text"``.
+        blocks: full pattern of its blocks' module names; `ModelSpec.block_names` resolves it in order.
+        num_blocks: how many blocks there are.
+        width: size of the residual stream.
+        embedding: name of the input embedding module.
+        final_norm: name of the norm after the last block.
+    """
+
+    name: str
+    blocks: str
+    num_blocks: int
+    width: int
+    embedding: str | None = None
+    final_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where things are in a model.
+
+    Args:
+        towers: in the order in which data flows through them.
+        head: name of the output module.
+        points: public name of a place -> (pattern over module names, how many modules it must match).
+        shared_inputs: groups of patterns of linear layers that receive the same input.
+        norm_linear_pairs: (norm pattern, pattern of the linears that read it).
+        tied: groups of parameter names that are one tensor.
+    """
+
+    towers: tuple[Tower, ...]
+    head: str | None = None
+    points: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    norm_linear_pairs: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+
+    def block_names(self, root: nn.Module, tower: str) -> list[str]:
+        """Names of the blocks of ``tower``, in order."""
+        for each in self.towers:
+            if each.name == tower:
+                return sites(root, each.blocks, each.num_blocks)
+        raise LookupError(f"no tower {tower!r}; this model has {[t.name for t in self.towers]}")
+
+    def point_names(self, root: nn.Module, point: str) -> list[str]:
+        """Names of the modules at the public place ``point``, in order."""
+        if point not in self.points:
+            raise LookupError(f"no place {point!r} in this model; it has {sorted(self.points)}")
+        return sites(root, *self.points[point])
+
+
+def sites(root: nn.Module, pattern: str, expected: int) -> list[str]:
+    """Names of the modules that ``pattern`` matches in full, in module order.
+
+    Raises:
+        LookupError: the number of matches is not ``expected``; a short or empty match is never a no-op.
+    """
+    names = [name for name, _ in root.named_modules()]
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if len(found) != expected:
+        plain = re.sub(r"\\(.)", r"\1", pattern)
+        near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
+        raise LookupError(f"pattern {pattern!r} matches {len(found)} modules, expected {expected}; near: {near}")
+    return found

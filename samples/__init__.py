@@ -1,0 +1,21 @@
+"""What passes between DataModules and LightningModules: samples, videos, collators, data facts."""
+
+from fulgurite.samples.collator import Batch, Collator, check_fields, check_picklable, sample_fields
+from fulgurite.samples.errors import DataError
+from fulgurite.samples.info import DataInfo, Stage, stage_of
+from fulgurite.samples.sample import Sample
+from fulgurite.samples.video import Video
+
+__all__ = [
+    "Batch",
+    "Collator",
+    "DataError",
+    "DataInfo",
+    "Sample",
+    "Stage",
+    "Video",
+    "check_fields",
+    "check_picklable",
+    "sample_fields",
+    "stage_of",
+]

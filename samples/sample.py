@@ -1,0 +1,56 @@
+"""What a DataModule yields: one question about one piece of media, knowing nothing of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fulgurite.samples.video import Video
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One item of a data set.
+
+    Args:
+        id: unique within its split; metrics and predictions are keyed by it.
+        domain: name of the data set or world that it comes from.
+        task: ``"videoqa"`` here; decides which module can take it together with the filled fields.
+        question: text in.
+        answers: accepted answers with their scores; empty where unknown (prediction).
+            Video QA with one annotator has one answer of score 1; iVQA has ``min(count / 2, 1)``.
+        caption: text out for captioning and retrieval.
+        speech: subtitles of the video as one string.
+        kind: question type, for accuracy by type.
+        video: lazy video file.
+        image: (3, H, W) uint8 picture.
+        features: ready features by the name of their encoder, e.g. ``{"clip_vitl14": (N, 768)}``.
+        options: candidate answers where the question is multiple choice.
+        counted: False for the repeats that keep ranks in step; metrics and losses skip them.
+    """
+
+    id: str
+    domain: str
+    task: str = "videoqa"
+    question: str | None = None
+    answers: Mapping[str, float] = field(default_factory=dict)
+    caption: str | None = None
+    speech: str | None = None
+    kind: str | None = None
+    video: Video | None = None
+    image: Tensor | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    counted: bool = True
+
+    def has(self, need: str) -> bool:
+        """Whether the field ``need`` is filled. ``"features.NAME"`` asks for one encoder, ``a|b`` for either."""
+        if "|" in need:
+            return any(self.has(part) for part in need.split("|"))
+        name, _, encoder = need.partition(".")
+        value = getattr(self, name)
+        if encoder:
+            return encoder in value
+        return value is not None and (not isinstance(value, Mapping | tuple) or len(value) > 0)
