@@ -1,0 +1,255 @@
+"""Per-sample averages of linear maps, exact in values and gradients.
+
+Every sample b has weights p(b) over K experts and sees one merged map:
+
+    W(b) = sum_i p_i(b) W_i,   bias(b) = sum_i p_i(b) bias_i,   out(b) = x(b) W(b)^T + bias(b)
+
+Three forms compute this. They differ in cost only, and `mixed_linear` picks one:
+
+- ``rows``: one pass per *distinct* row of p, merging just the experts with a non-zero weight into one reused buffer.
+  Extra memory O * I, forward and backward. An expert that has weight 1 is used as it is, without a copy.
+- ``batched``: all merged maps by one product (B, K) x (K, O * I), then one batched product. Extra memory B * O * I.
+- ``factored``: experts applied side by side, their results weighted. Extra memory B * S * k * min(I, O) for the k
+  experts used anywhere in the batch.
+
+Shapes: B batch, K experts, S positions of one sample, I and O features in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+Form = Literal["rows", "batched", "factored"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Samples that have the same mixing weights.
+
+    Args:
+        rows: their positions in the batch; a slice where they are neighbours.
+        experts: the experts with a non-zero weight, the largest magnitude first.
+        weights: their weights, in the same order.
+    """
+
+    rows: slice | Tensor
+    experts: tuple[int, ...]
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Mixing weights of one batch, with the equal rows found once for all sites that use them.
+
+    Args:
+        weights: (B, K).
+        groups: the distinct rows of ``weights``.
+        used: experts with a non-zero weight in any row; all of them where ``weights`` carries a gradient.
+    """
+
+    weights: Tensor
+    groups: tuple[Group, ...]
+    used: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weights: Tensor) -> Mixture:
+        """Group the rows of ``weights`` (B, K). Waits for the device that holds them, once."""
+        table = weights.detach().to("cpu", torch.float64)
+        distinct, inverse = torch.unique(table, dim=0, return_inverse=True)
+        groups = []
+        for number, row in enumerate(distinct):
+            experts = row.abs().argsort(descending=True, stable=True)[: int(row.count_nonzero())].tolist()
+            groups.append(
+                Group(
+                    rows=_rows((inverse == number).nonzero().flatten(), weights.device),
+                    experts=tuple(experts),
+                    weights=tuple(row[experts].tolist()),
+                )
+            )
+        num_experts = table.shape[1]
+        used = range(num_experts) if weights.requires_grad else table.any(dim=0).nonzero().flatten().tolist()
+        return cls(weights, tuple(groups), tuple(used))
+
+    @classmethod
+    def one_hot(cls, index: Tensor, num_experts: int) -> Mixture:
+        """One expert per sample; ``index`` is (B,) long."""
+        return cls.of(F.one_hot(index, num_experts).to(torch.get_default_dtype()))
+
+
+def _rows(positions: Tensor, device: torch.device) -> slice | Tensor:
+    """Rising ``positions`` as a slice where they are neighbours, else on ``device``."""
+    first, last = int(positions[0]), int(positions[-1])
+    if last - first + 1 == len(positions):
+        return slice(first, last + 1)
+    return positions.to(device)
+
+
+def mixed_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    mixture: Mixture,
+    form: Form | None = None,
+) -> Tensor:
+    """Apply to every sample of ``x`` the average of linear maps that its mixing weights ask for.
+
+    Args:
+        x: (B, ..., I).
+        weights: K tensors (O, I).
+        biases: K tensors (O,), or None.
+        mixture: weights (B, K).
+        form: see the module's docstring; None picks by device and sizes.
+
+    Returns:
+        (B, ..., O), in the dtype of ``x`` or of an active autocast. Gradients reach ``x``, experts, and weights.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    out_features, in_features = weights[0].shape
+    flat = x.reshape(x.shape[0], -1, in_features)
+    form = form or pick_form(flat, out_features, mixture)
+    if form == "rows":
+        num_experts = len(weights)
+        out = _RowsLinear.apply(mixture, num_experts, flat, mixture.weights, *weights, *(biases or ()))
+    else:
+        weights = [weights[i].to(x.dtype) for i in mixture.used]
+        biases = biases and [biases[i].to(x.dtype) for i in mixture.used]
+        shares = mixture.weights[:, list(mixture.used)].to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            out = (_batched if form == "batched" else _factored)(flat, weights, biases, shares)
+    return out.reshape(*x.shape[:-1], out_features)
+
+
+def pick_form(x: Tensor, out_features: int, mixture: Mixture) -> Form:
+    """The cheapest form for ``x`` (B, S, I).
+
+    A CPU merges one small map in cache faster than it moves B of them through memory. Accelerators pay per launch,
+    so they batch, unless few rows differ or the merged maps would outgrow the activations.
+    """
+    if x.device.type == "cpu" or len(mixture.groups) <= 2:
+        return "rows"
+    num_samples, positions, in_features = x.shape
+    merged = num_samples * out_features * in_features
+    factored = num_samples * positions * len(mixture.used) * min(in_features, out_features)
+    return "batched" if merged <= max(factored, 4 * x.numel()) else "factored"
+
+
+def _batched(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, shares: Tensor) -> Tensor:
+    merged = (shares @ torch.stack(tuple(weights)).flatten(1)).view(len(x), *weights[0].shape)  # (B, O, I)
+    if biases is None:
+        return torch.bmm(x, merged.mT)
+    return torch.baddbmm((shares @ torch.stack(tuple(biases)))[:, None], x, merged.mT)
+
+
+def _factored(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, shares: Tensor
+) -> Tensor:
+    out_features, in_features = weights[0].shape
+    if out_features <= in_features:  # weigh on the narrow side: it is what autograd keeps
+        each = F.linear(x, torch.cat(tuple(weights))).unflatten(
+            -1, (len(weights), out_features)
+        )  # (B, S, k, O)
+        out = torch.einsum("bsko,bk->bso", each, shares)
+    else:
+        out = F.linear(
+            (shares[:, None, :, None] * x[:, :, None]).flatten(2), torch.cat(tuple(weights), dim=1)
+        )
+    return out if biases is None else out + (shares @ torch.stack(tuple(biases)))[:, None]
+
+
+def merge_into(buffer: Tensor, tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, float]:
+    """The merged tensor of one group as (tensor, factor), in one pass for two experts: factor * (t_0 + w_1/w_0 t_1).
+
+    ``buffer`` is overwritten, or left alone where a single expert needs no merging.
+    """
+    first, *others = group.experts
+    factor, *weights = group.weights
+    if not others:
+        return tensors[first].to(buffer.dtype), factor
+    torch.add(tensors[first], tensors[others[0]], alpha=weights[0] / factor, out=buffer)
+    for expert, weight in zip(others[1:], weights[1:]):
+        buffer.add_(tensors[expert], alpha=weight / factor)
+    return buffer, factor
+
+
+class _RowsLinear(torch.autograd.Function):
+    """The ``rows`` form. Keeps ``x`` and the experts for the backward pass, and merges anew there."""
+
+    @staticmethod
+    def forward(
+        ctx, mixture: Mixture, num_experts: int, x: Tensor, shares: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        weights, biases = tensors[:num_experts], tensors[num_experts:]
+        ctx.mixture, ctx.num_experts = mixture, num_experts
+        ctx.save_for_backward(x, *tensors)
+        out_features, in_features = weights[0].shape
+        out = x.new_empty(*x.shape[:-1], out_features)
+        buffer = x.new_empty(out_features, in_features)
+        offset = x.new_empty(out_features)
+        for group in mixture.groups:
+            rows = group.rows
+            target = out[rows].view(-1, out_features)  # a view where rows is a slice, else a copy
+            if not group.experts:
+                target.zero_()
+            else:
+                merged, factor = merge_into(buffer, weights, group)
+                inputs = x[rows].reshape(-1, in_features)
+                if biases:
+                    bias, bias_factor = merge_into(offset, biases, group)
+                    torch.addmm(bias, inputs, merged.t(), beta=bias_factor, alpha=factor, out=target)
+                else:
+                    torch.mm(inputs, merged.t(), out=target)
+                    if factor != 1:
+                        target.mul_(factor)
+            if not isinstance(rows, slice):
+                out[rows] = target.view(-1, *out.shape[1:])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        num_experts, mixture = ctx.num_experts, ctx.mixture
+        weights, biases = tensors[:num_experts], tensors[num_experts:]
+        needs_x, needs_shares, *needs = ctx.needs_input_grad[2:]
+        out_features, in_features = weights[0].shape
+        grad_x = torch.zeros_like(x) if needs_x else None
+        grads = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs)]
+        buffer = x.new_empty(out_features, in_features)
+        for group in mixture.groups:
+            if not group.experts:
+                continue
+            outer = grad[group.rows].reshape(-1, out_features)
+            if needs_x:
+                merged, factor = merge_into(buffer, weights, group)
+                grad_x[group.rows] = (outer @ merged).mul_(factor).view(-1, *x.shape[1:])
+            if any(grads[i] is not None for i in group.experts):
+                product = torch.mm(outer.t(), x[group.rows].reshape(-1, in_features), out=buffer)
+                for expert, weight in zip(group.experts, group.weights):
+                    if grads[expert] is not None:
+                        grads[expert].add_(product, alpha=weight)
+            for expert, weight in zip(group.experts, group.weights) if biases else ():
+                if grads[num_experts + expert] is not None:
+                    grads[num_experts + expert].add_(outer.sum(0), alpha=weight)
+        grad_shares = _shares_gradient(x, grad, weights, biases) if needs_shares else None
+        return None, None, grad_x, grad_shares, *grads
+
+
+def _shares_gradient(x: Tensor, grad: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """(B, K): how the loss changes with each sample's weight of each expert, also where that weight is zero."""
+    columns = []
+    for number, weight in enumerate(weights):
+        weight = weight.to(x.dtype)
+        if weight.shape[0] <= weight.shape[1]:
+            column = (F.linear(x, weight) * grad).flatten(1).sum(1)
+        else:
+            column = ((grad @ weight) * x).flatten(1).sum(1)
+        columns.append(column + grad.sum(1) @ biases[number].to(x.dtype) if biases else column)
+    return torch.stack(columns, dim=1)
