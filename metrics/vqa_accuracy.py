@@ -1,0 +1,49 @@
+"""Accuracy of answers from a closed vocabulary, hard or soft.
+
+Legend: B batch, A answers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def answer_credit(logits: Tensor, targets: Tensor, top_k: int = 1) -> Tensor:
+    """Best score among the ``top_k`` highest answers of each sample, (B,) float64.
+
+    ``targets`` (B, A) holds 1 at the right answer, or the soft scores ``min(count / 2, 1)`` of iVQA. An answer
+    outside the vocabulary is a row of zeros and never correct.
+    """
+    top = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
+    return targets.gather(-1, top).amax(-1).double()
+
+
+class VQAAccuracy(Metric):
+    """Mean credit of the ``top_k`` highest answers.
+
+    Args:
+        top_k: how many answers a sample may offer.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(self, top_k: int = 1) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.add_state("credit", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor, counted: Tensor | None = None) -> None:
+        """Add (B, A) logits and targets; samples where ``counted`` (B,) is False are left out."""
+        credit = answer_credit(logits, targets, self.top_k)
+        if counted is not None:
+            credit = credit[counted]
+        self.credit += credit.sum()
+        self.total += credit.numel()
+
+    def compute(self) -> Tensor:
+        """Mean credit; NaN before any sample."""
+        return self.credit / self.total

@@ -1,0 +1,317 @@
+"""Continual video question answering with dynamic adapter merging (DAM, arXiv 2403.08755).
+
+Domains arrive one after the other inside one ``trainer.fit``. One *live* adapter set trains; at the end of a stage it
+is copied into the frozen set of that stage, and goes on from there (or from the start) with fresh optimizer state. A
+router sees the frozen model's features of every training sample. At test time the domain is unknown: the router's
+weights merge the sets per sample.
+
+Legend: B batch, T stages, N domains, A answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from fulgurite.backbones.base import VideoQABackbone
+from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.routing.base import Router
+from fulgurite.methods.routing.centroid import CentroidRouter
+from fulgurite.methods.schedules import Schedule
+from fulgurite.metrics.continual_accuracy import ContinualAccuracy, continual_scores
+from fulgurite.metrics.vqa_accuracy import answer_credit
+from fulgurite.modules.modes import MODES, Mode, logits_of_rows, mode_weights
+from fulgurite.modules.video_qa import INITIAL, ParamGroup, VideoQA
+from fulgurite.samples import Batch, DataInfo, Stage
+
+BEST = "best"
+
+
+class ContinualVideoQA(VideoQA):
+    """Adapters per domain, a router, and per-sample merging.
+
+    Args:
+        backbone: frozen video-language model.
+        adapters: what trains, and where.
+        router: gives mixing weights from features of the frozen model; default is DAM's (top 2, temperature 0.01).
+        second_router: a router evaluated beside the first one as mode ``second_router``; it changes nothing else.
+        mode: how the model answers in validation and prediction.
+        modes: what ``test`` evaluates, each after every stage.
+        start_from: a new stage starts from the previous stage's adapters, or from those before any stage.
+        selection: what a stage keeps: its ``last`` epoch, or the epoch with the ``best`` validation accuracy on its
+            own domain (strictly greater; needs the DataModule to validate every epoch).
+        optimizer: see `VideoQA`.
+        schedule: see `VideoQA`.
+        param_groups: see `VideoQA`.
+    """
+
+    saved_parts = ("bank", "router", "second_router", "val_accuracy")
+
+    def __init__(
+        self,
+        backbone: VideoQABackbone,
+        adapters: list[Placement],
+        router: Router | None = None,
+        second_router: Router | None = None,
+        mode: Mode = "dynamic",
+        modes: list[Mode] | None = None,
+        start_from: Literal["previous", "initial"] = "previous",
+        selection: Literal["last", "best"] = "last",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        param_groups: list[ParamGroup] | None = None,
+    ) -> None:
+        super().__init__(backbone, adapters, optimizer, schedule, param_groups)
+        self.router = router if router is not None else CentroidRouter()
+        self.second_router = second_router
+        self.mode, self.start_from, self.selection = mode, start_from, selection
+        self.modes = modes or [m for m in MODES if m != "second_router" or second_router is not None]
+        if "second_router" in [*self.modes, mode] and second_router is None:
+            raise ValueError("mode second_router needs model.init_args.second_router")
+
+    @property
+    def routers(self) -> list[Router]:
+        """The router and, where given, the second one."""
+        return [self.router] if self.second_router is None else [self.router, self.second_router]
+
+    def set_names(self, stages: Sequence[Stage]) -> list[str]:
+        """``initial``, one set per stage, and the candidate of the stage where the best epoch is kept."""
+        names = [INITIAL, *(s.name for s in stages)]
+        names += [BEST] if self.selection == "best" else []
+        if len(set(names)) < len(names) or "live" in names:
+            raise ValueError(f"stage names must differ and not be initial, live or best; got {names[1:]}")
+        return names
+
+    def prepare(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """Build sets, answers and routers for the data."""
+        fresh = self.info is None
+        super().prepare(info, stages)
+        if fresh:
+            for router in self.routers:
+                router.build(sum(self.backbone.routing_widths), [s.name for s in stages])
+            self.own_stage = own_stages(info, stages)
+            self.best_accuracy = -1.0
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of the live set; in a stage's first epoch the routers also see the batch."""
+        if self.trainer.current_epoch == self.first_epoch(self.stage):
+            self.update_routers(batch)
+        return super().training_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def update_routers(self, batch: Batch) -> None:
+        """Features of the frozen model, all ranks' samples on every rank, into the stage's centroid."""
+        with evaluation_mode(self):
+            parts = self(batch, INITIAL).routing
+        gathered = [self.all_gather(p).flatten(0, -2) for p in (*parts, batch["counted"].unsqueeze(-1))]
+        counted = gathered[-1].flatten()
+        features = tuple(p[counted] for p in gathered[:-1])
+        for router in self.routers:
+            router.update(features, self.stages[self.stage].name)
+
+    def first_epoch(self, stage: int) -> int:
+        """Global epoch in which ``stage`` begins."""
+        return sum(s.epochs for s in self.stages[:stage])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the row; keep the live set where it is the stage's best so far."""
+        super().on_validation_epoch_end()
+        if self.selection == "best" and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
+            row = self.val_accuracy.compute()["matrix"][self.stage + 1]
+            own = row[[i for i, s in enumerate(self.own_stage) if s == self.stage + 1]].mean().item()
+            if own > self.best_accuracy:
+                self.best_accuracy = own
+                self.reshard()
+                self.bank.copy("live", BEST)
+
+    def on_train_epoch_end(self) -> None:
+        """At a stage's end its set takes the live values; checkpoints of this epoch are written after this."""
+        if self.trainer.current_epoch + 1 != self.first_epoch(self.stage + 1):
+            return
+        self.reshard()
+        if self.selection == "best":
+            if self.best_accuracy < 0:
+                raise ValueError(
+                    f"selection: best had no validation in stage {self.stages[self.stage].name!r}: set the "
+                    "DataModule's validate: every_epoch, or model.init_args.selection: last"
+                )
+            self.bank.copy(BEST, "live")
+            self.best_accuracy = -1.0
+        self.bank.copy("live", self.stages[self.stage].name)
+
+    def begin_stage(self) -> None:
+        """Start from the previous stage's values, which the live set has, or from those before any stage."""
+        if self.start_from == INITIAL:
+            self.bank.copy(INITIAL, "live")
+
+    def columns(self) -> list[str]:
+        """Adapter sets in the order of mixing weights; the current stage's values are in the live set."""
+        names = [INITIAL, *(s.name for s in self.stages)]
+        if self.stage >= 0:
+            names[self.stage + 1] = "live"
+        return names
+
+    def rows(self, batch: Batch, wanted: Sequence[tuple[Mode, int]]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Weights (R, B, T + 1) of the wanted (mode, stage) rows, and the samples' routing features."""
+        features = self(batch, INITIAL).routing
+        own = self.own_stages_of(batch)
+        rows = [mode_weights(m, t, len(self.stages), self.routers, features, own) for m, t in wanted]
+        return torch.stack(rows), features
+
+    def own_stages_of(self, batch: Batch) -> Tensor:
+        """(B,) the stage (1..T) that trains each sample's domain, 0 where none does."""
+        _, domains, _ = self.targets(batch)
+        return torch.tensor([*self.own_stage, 0], device=self.device)[domains]
+
+    def mixed_logits(self, batch: Batch, rows: Tensor) -> Tensor:
+        """(R, B, A) scores of the rows of weights."""
+        columns = self.columns()
+        sharded = isinstance(self, FSDPModule)
+        return logits_of_rows(
+            lambda part, weights: self(part, weights, columns).logits,
+            batch,
+            rows,
+            chunk=max(len(batch["id"]), 1),
+            agree=self.most_over_ranks if sharded else lambda n: n,
+        )
+
+    def most_over_ranks(self, number: int) -> int:
+        """Largest of the ranks' numbers."""
+        value = torch.tensor(float(number), device=self.device)
+        return int(self.trainer.strategy.reduce(value, reduce_op="max"))
+
+    def evaluation_logits(self, batch: Batch) -> Tensor:
+        """Scores in the configured mode after the stages trained so far."""
+        rows, _ = self.rows(batch, [(self.mode, self.stage + 1)])
+        return self.mixed_logits(batch, rows)[0]
+
+    def on_test_start(self) -> None:
+        """Fresh counts: a matrix per mode, a confusion matrix per router, the answers themselves."""
+        assert self.info is not None
+        shape = len(self.info.domains), self.stage + 1, len(self.info.kinds)
+        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(self.device)
+        self.test_top10 = ContinualAccuracy(*shape).to(self.device)
+        size = max(len(self.stages), 2)
+        self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(self.device)
+        self.test_answers: list[dict[str, Any]] = []
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Every mode after every trained stage, each distinct mixture computed once."""
+        last = self.stage + 1
+        wanted = [(m, t) for m in self.modes for t in range(last + 1)]
+        rows, features = self.rows(batch, wanted)
+        logits = self.mixed_logits(batch, rows)
+        scores, domains, kinds = self.targets(batch)
+        use = batch["counted"] & (domains >= 0)
+        final: dict[str, Tensor] = {}
+        for (mode, stage), each in zip(wanted, logits):
+            self.test_matrix[mode].update(stage, domains[use], answer_credit(each, scores)[use], kinds[use])
+            if stage == last:
+                final[mode] = each
+                if mode == self.mode:
+                    credit = answer_credit(each, scores, top_k=10)
+                    self.test_top10.update(last, domains[use], credit[use], kinds[use])
+        own = self.own_stages_of(batch)
+        routed = use & (own > 0) & (own <= last)
+        if last > 0:
+            for confusion, router in zip(self.confusion, self.routers):
+                confusion.update(router(features, num_models=last).argmax(-1)[routed], own[routed] - 1)
+        self.keep_answers(batch, rows, wanted, final)
+
+    def keep_answers(
+        self, batch: Batch, rows: Tensor, wanted: Sequence[tuple[Mode, int]], final: dict[str, Tensor]
+    ) -> None:
+        """Per counted sample: what each mode answers in the end, and the mixing weights of the configured mode."""
+        assert self.info is not None
+        mode = self.mode if self.mode in final else self.modes[0]
+        weights = rows[wanted.index((mode, self.stage + 1))]
+        names = [INITIAL, *(s.name for s in self.stages)]
+        best = {m: each.argmax(-1).tolist() for m, each in final.items()}
+        for b in batch["counted"].nonzero().flatten().tolist():
+            self.test_answers.append(
+                {
+                    "id": batch["id"][b],
+                    "domain": batch["domain"][b],
+                    "kind": batch["kind"][b],
+                    "gold": batch["answers"][b],
+                    "answers": {m: self.info.answers[index[b]] for m, index in best.items()},
+                    "weights": {n: round(w, 4) for n, w in zip(names, weights[b].tolist()) if w > 0},
+                }
+            )
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` of the configured one."""
+        assert self.info is not None
+        results = {m: metric.compute() for m, metric in self.test_matrix.items()}
+        self.test_results = {
+            "modes": {
+                m: {
+                    "matrix": r["matrix"].tolist(),
+                    "by_kind": r["by_kind"][-1].tolist(),
+                    **continual_scores(r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]),
+                }
+                for m, r in results.items()
+            },
+            "top10": self.test_top10.compute()["matrix"][-1].tolist(),
+            "confusion": [c.compute().tolist() for c in self.confusion],
+            "domains": list(self.info.domains),
+            "kinds": list(self.info.kinds),
+            "mode": self.mode,
+        }
+        for mode, scores in self.test_results["modes"].items():
+            for name in ("average", "forgetting", "forgetting_own", "backward_transfer", "forward_transfer", "unseen"):
+                if name in scores:
+                    self.log(f"test/{mode}/{name}", scores[name])
+            for name, value in zip(self.info.domains, scores["matrix"][-1]):
+                if value == value:
+                    self.log(f"test/{mode}/accuracy/{name}", value)
+        if self.mode in results:
+            row = results[self.mode]["matrix"][-1]
+            self.log("test/accuracy", row[~row.isnan()].mean().float())
+        for name, matrix in zip(("router", "second_router"), self.test_results["confusion"]):
+            counts = torch.tensor(matrix, dtype=torch.float64)
+            if counts.sum() > 0:
+                self.log(f"test/{name}_accuracy", (counts.trace() / counts.sum()).item())
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Answers with probabilities and the mixing weights by domain, for every counted sample."""
+        rows, _ = self.rows(batch, [(self.mode, self.stage + 1)])
+        answers = self.answer_rows(batch, self.mixed_logits(batch, rows)[0])
+        names = [INITIAL, *(s.name for s in self.stages)]
+        for row, weights in zip(answers, rows[0][batch["counted"]].tolist()):
+            row["weights"] = {n: round(w, 6) for n, w in zip(names, weights) if w > 0}
+        return answers
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also the best accuracy of the stage so far."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["fulgurite"]["best_accuracy"] = self.best_accuracy
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Also the best accuracy of the stage so far."""
+        super().on_load_checkpoint(checkpoint)
+        self.best_accuracy = checkpoint["fulgurite"]["best_accuracy"]
+
+
+def own_stages(info: DataInfo, stages: Sequence[Stage]) -> list[int]:
+    """For every domain the stage (1..T) that trains it first, 0 where none does."""
+    return [next((t + 1 for t, s in enumerate(stages) if d in s.domains), 0) for d in info.domains]
+
+
+@contextmanager
+def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every submodule's own mode restored after."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode

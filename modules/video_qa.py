@@ -1,0 +1,379 @@
+"""Video question answering with adapters beside a frozen backbone.
+
+Legend: B batch, A answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim.lr_scheduler import LambdaLR
+
+from fulgurite.backbones.base import QAOutput, VideoQABackbone
+from fulgurite.checkpoints.errors import MismatchError
+from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.losses import answer_loss
+from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
+from fulgurite.modules.facts import describe_difference, read_facts, stage_names
+from fulgurite.metrics.continual_accuracy import ContinualAccuracy
+from fulgurite.metrics.vqa_accuracy import answer_credit
+from fulgurite.samples import Batch, Collator, DataInfo, Stage
+
+INITIAL = "initial"
+
+
+@dataclass
+class ParamGroup:
+    """Trained tensors with a learning rate of their own.
+
+    Args:
+        pattern: regular expression searched in the names of the live set's tensors.
+        lr: their learning rate.
+    """
+
+    pattern: str
+    lr: float
+
+
+class VideoQA(pl.LightningModule):
+    """One adapter set trained on whatever the DataModule gives; the plain form of the task.
+
+    With a continual DataModule this is sequential fine-tuning, with a joint one it is multitask training.
+
+    Args:
+        backbone: frozen video-language model.
+        adapters: what trains, and where.
+        optimizer: builds the optimizer from parameter groups.
+        schedule: learning-rate factor within a stage; every stage starts it afresh.
+        param_groups: tensors with their own learning rate; the rest uses the optimizer's.
+    """
+
+    saved_parts: tuple[str, ...] = ("bank", "val_accuracy")
+
+    def __init__(
+        self,
+        backbone: VideoQABackbone,
+        adapters: list[Placement],
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        param_groups: list[ParamGroup] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.bank = AdapterBank(backbone, adapters)
+        self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
+        self.param_groups = param_groups or []
+        self.info: DataInfo | None = None
+        self.stages: tuple[Stage, ...] = ()
+        self.stage = -1
+
+    def collator(self, stage: str) -> Collator:
+        """The backbone's collator; usable without a trainer."""
+        return self.backbone.collator(stage)
+
+    def feature_extractor(self) -> Any:
+        """What a feature cache computes for this module; None where it needs none."""
+        return self.backbone.feature_extractor()
+
+    def set_names(self, stages: Sequence[Stage]) -> list[str]:
+        """Names of the adapter sets beside the live one, in column order."""
+        return [INITIAL]
+
+    def prepare(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """Build everything whose shape depends on the data. The same call again does nothing.
+
+        Raises:
+            MismatchError: the module is already built for other data.
+        """
+        if self.info is not None:
+            if (info, stage_names(stages)) != (self.info, stage_names(self.stages)):
+                raise MismatchError(describe_difference(self.info, info, self.stages, stages))
+            self.stages = tuple(stages)
+            return
+        for name in self.set_names(stages):
+            if name not in self.bank.names:
+                self.bank.add(name)
+        self.load_initial()
+        self.backbone.set_answers(info.answers)
+        self.info, self.stages = info, tuple(stages)
+        self.answer_index = {answer: i for i, answer in enumerate(info.answers)}
+        self.val_accuracy = ContinualAccuracy(len(info.domains), len(stages), len(info.kinds))
+
+    def load_initial(self) -> None:
+        """Give ``initial`` and the live set the same start, the backbone's own adapters where it brings some."""
+        own = self.backbone.initial_adapters()
+        if own is not None:
+            self.bank.load_sites("live", own)
+        self.bank.copy("live", INITIAL)
+
+    def setup(self, stage: str) -> None:
+        """Build from the DataModule's facts; a checkpoint's own facts win when one is loaded later."""
+        datamodule = self.trainer.datamodule
+        if self.info is None or stage == "fit":
+            self.prepare(datamodule.info(), datamodule.stages())
+        self.data_info = datamodule.info()
+
+    def configure_model(self) -> None:
+        """Shard blocks and root under FSDP2; nothing elsewhere."""
+        if self.device_mesh is None or isinstance(self, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for tower in self.backbone.spec.towers:
+            for name in self.backbone.spec.block_names(self.backbone, tower.name):
+                fully_shard(self.backbone.get_submodule(name), mesh=mesh)
+        fully_shard(self, mesh=mesh)
+
+    def reshard(self) -> None:
+        """Bring every FSDP2 unit back to its sharded form, so that values can be read and written in place."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Answer scores (B, A), domain columns (B,) and question types (B,), -1 where the data has none known."""
+        assert self.info is not None
+        domains = {name: i for i, name in enumerate(self.info.domains)}
+        kinds = {name: i for i, name in enumerate(self.info.kinds)}
+        scores = torch.zeros(len(batch["id"]), len(self.info.answers))
+        for row, answers in enumerate(batch["answers"]):
+            for answer, score in answers.items():
+                if answer in self.answer_index:
+                    scores[row, self.answer_index[answer]] = score
+        columns = torch.tensor([domains.get(d, -1) for d in batch["domain"]])
+        types = torch.tensor([kinds.get(k, -1) for k in batch["kind"]])
+        return scores.to(self.device), columns.to(self.device), types.to(self.device)
+
+    def forward(self, batch: Batch, selection: Any = "live", sets: Sequence[str] | None = None) -> QAOutput:
+        """Answer with one adapter set, or with a mixture per sample; see `AdapterBank.use`."""
+        with self.bank.use(selection, sets):
+            return self.backbone(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss over the counted samples of the global batch, whatever the number of ranks."""
+        scores, _, _ = self.targets(batch)
+        losses = answer_loss(self(batch).logits, scores)
+        counted = batch["counted"]
+        total = self.trainer.strategy.reduce(counted.sum().float(), reduce_op="sum").clamp(min=1)
+        loss = (losses * counted).sum() * self.trainer.world_size / total
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=False)
+        return loss
+
+    def on_train_start(self) -> None:
+        """A resume in the middle of an epoch skips its start."""
+        self.enter_stage()
+
+    def on_train_epoch_start(self) -> None:
+        """Stages begin at epoch starts."""
+        self.enter_stage()
+
+    def enter_stage(self) -> None:
+        """Fresh optimizer state when a stage begins. Idempotent."""
+        stage = self.stage_of_epoch(self.trainer.current_epoch)
+        if stage == self.stage:
+            return
+        if self.stage >= 0:
+            self.reshard()
+            self.begin_stage()
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
+        self.stage = stage
+
+    def begin_stage(self) -> None:
+        """What happens to the live set between two stages: here it simply goes on."""
+
+    def stage_of_epoch(self, epoch: int) -> int:
+        """Index of the stage that global ``epoch`` belongs to."""
+        end = 0
+        for index, stage in enumerate(self.stages):
+            end += stage.epochs
+            if epoch < end:
+                return index
+        return len(self.stages) - 1
+
+    def on_fit_start(self) -> None:
+        """Epochs beyond the last stage do not exist."""
+        total, asked = sum(s.epochs for s in self.stages), self.trainer.max_epochs
+        if asked is None or asked < 0 or asked > total:
+            self.trainer.fit_loop.max_epochs = total
+
+    def configure_optimizers(self) -> Any:
+        """The live set alone, with one schedule over the global step restarted at every stage."""
+        named = dict(self.bank.sets["live"].named_parameters())
+        groups: list[dict[str, Any]] = []
+        left = dict(named)
+        for group in self.param_groups:
+            names = [n for n in left if re.search(group.pattern, n)]
+            if not names:
+                raise LookupError(
+                    f"model.init_args.param_groups: pattern {group.pattern!r} matches none of the trained tensors; "
+                    f"they are named like {next(iter(named))!r}"
+                )
+            groups.append({"params": [left.pop(n) for n in names], "lr": group.lr})
+        if left:
+            groups.append({"params": list(left.values())})
+        optimizer = self.optimizer(groups)
+        scheduler = LambdaLR(optimizer, StagedSchedule(self.schedule, self.steps_per_stage()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def steps_per_stage(self) -> list[int]:
+        """Optimizer steps of every stage under the trainer's limits and accumulation."""
+        limit, accumulate = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
+        steps = []
+        for stage in self.stages:
+            batches = stage.num_batches
+            if isinstance(limit, float):
+                batches = int(batches * limit)
+            elif limit is not None:
+                batches = min(batches, limit)
+            steps.append(max(-(-batches // accumulate), 1) * stage.epochs)
+        return steps
+
+    def on_validation_start(self) -> None:
+        """Each validation counts its row anew."""
+        self.val_accuracy.clear_stage(self.stage + 1)
+
+    def evaluation_logits(self, batch: Batch) -> Tensor:
+        """(B, A) scores with which validation judges the model."""
+        return self(batch).logits
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch for the row of the current stage."""
+        self.count(self.val_accuracy, self.stage + 1, batch, self.evaluation_logits(batch))
+
+    def count(self, metric: ContinualAccuracy, stage: int, batch: Batch, logits: Tensor) -> None:
+        """Add the counted samples of a batch whose domain the module knows."""
+        scores, domains, kinds = self.targets(batch)
+        use = batch["counted"] & (domains >= 0)
+        metric.update(stage, domains[use], answer_credit(logits[use], scores[use]), kinds[use])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/accuracy`` over the domains that were validated, and one value per domain."""
+        self.log_row("val", self.val_accuracy, self.stage + 1)
+
+    def log_row(self, prefix: str, metric: ContinualAccuracy, stage: int) -> None:
+        """Log one row of an accuracy matrix; every rank calls it."""
+        assert self.info is not None
+        row = metric.compute()["matrix"][stage]
+        seen = ~row.isnan()
+        if self.trainer.sanity_checking or not seen.any():
+            return
+        self.log(f"{prefix}/accuracy", row[seen].mean().float(), prog_bar=True)
+        for name, value in zip(self.info.domains, row):
+            if not value.isnan():
+                self.log(f"{prefix}/accuracy/{name}", value.float())
+
+    def on_test_start(self) -> None:
+        """A fresh count for every test."""
+        assert self.info is not None
+        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(self.device)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch."""
+        self.count(self.test_accuracy, 0, batch, self.evaluation_logits(batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/accuracy`` and one value per domain."""
+        self.log_row("test", self.test_accuracy, 0)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Answers with probabilities for every counted sample."""
+        return self.answer_rows(batch, self.evaluation_logits(batch))
+
+    def answer_rows(self, batch: Batch, logits: Tensor, top: int = 5) -> list[dict[str, Any]]:
+        """One JSON-able row per counted sample: id, answer, probability, the best ``top`` with probabilities."""
+        assert self.info is not None
+        values, index = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+        rows = []
+        for b in batch["counted"].nonzero().flatten().tolist():
+            best = [
+                {"answer": self.info.answers[i], "probability": round(p, 6)}
+                for i, p in zip(index[b].tolist(), values[b].tolist())
+            ]
+            rows.append({"id": batch["id"][b], **best[0], "top": best})
+        return rows
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """The delta alone: adapter sets, router, validation counts. The frozen backbone is never in it."""
+        self.reshard()
+        out: dict[str, Any] = {}
+        for part in self.saved_parts:
+            module = getattr(self, part, None)
+            if module is not None:
+                module.state_dict(destination=out, prefix=f"{prefix}{part}.", keep_vars=keep_vars)
+        return out
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Strict over everything that the delta holds; one error lists all differences.
+
+        Raises:
+            MismatchError: a tensor is missing, unknown, or of another shape.
+        """
+        mine = self.state_dict()
+        wrong = [f"  {n}  not in the file" for n in mine if n not in state_dict]
+        wrong += [f"  {n}  not in this model" for n in state_dict if n not in mine]
+        wrong += [
+            f"  {n}  file {tuple(state_dict[n].shape)}  model {tuple(mine[n].shape)}"
+            for n in mine
+            if n in state_dict and state_dict[n].shape != mine[n].shape
+        ]
+        if wrong:
+            shown = "\n".join(wrong[:12]) + (f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else "")
+            raise MismatchError(
+                f"{len(wrong)} tensors of the checkpoint do not fit this model:\n{shown}\n"
+                "Set model.init_args.adapters to what the checkpoint was made with (see its config.yaml)."
+            )
+        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what the delta stands on: backbone digest, data facts, stage."""
+        assert self.info is not None
+        checkpoint["fulgurite"] = {
+            **checkpoint.get("fulgurite", {}),
+            "kind": "delta",
+            "base": {"source": type(self.backbone).__name__, "digest": self.backbone.fingerprint},
+            "info": asdict(self.info),
+            "info_digest": self.info.digest,
+            "stages": [asdict(s) for s in self.stages],
+            "stage": self.stage,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build for the checkpoint's data and refuse another backbone.
+
+        Raises:
+            MismatchError: other vocabulary, domains or backbone than the checkpoint's.
+        """
+        facts = checkpoint["fulgurite"]
+        info, stages = read_facts(facts)
+        if self.trainer.state.fn != "fit" and self.info is not None and info != self.info:
+            self.forget()
+        self.prepare(info, stages if self.info is None else self.stages)
+        found = self.backbone.fingerprint
+        if facts["base"]["digest"] != found:
+            raise MismatchError(
+                f"the checkpoint stands on a {facts['base']['source']} with digest {facts['base']['digest']}, "
+                f"this run has a {type(self.backbone).__name__} with {found}: set model.init_args.backbone to the "
+                "checkpoint's own (see its config.yaml)"
+            )
+        self.stage = facts["stage"]
+
+    def forget(self) -> None:
+        """Drop what was built for other data, so that a checkpoint's own facts can be used instead."""
+        if isinstance(self, FSDPModule):
+            raise MismatchError(
+                "this DataModule has other answers or domains than the checkpoint: evaluate on it in one process "
+                "or under ddp, where the model can be rebuilt"
+            )
+        for name in self.set_names(self.stages):
+            if name != INITIAL:
+                self.bank.remove(name)
+        self.info = None
+
