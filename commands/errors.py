@@ -1,0 +1,50 @@
+"""From exceptions to exit codes: wrong config and wrong input become one short message."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+
+LIMIT = 1800  # bytes of one message; with the prefix it stays under 2 kB
+
+DONE, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 2, 130, 143
+
+
+class ConfigError(ValueError):
+    """A config file or a command line option is wrong. The text names what, where, and what would work."""
+
+
+def shorten(text: str, limit: int = LIMIT) -> str:
+    """``text`` with its middle left out where its UTF-8 form would be longer than ``limit`` bytes."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= limit:
+        return text
+    head, tail = raw[: limit * 3 // 4], raw[-(limit // 4) + 10 :]
+    return f"{head.decode('utf-8', 'ignore')} [...] {tail.decode('utf-8', 'ignore')}"
+
+
+def bad_input_types() -> tuple[type[Exception], ...]:
+    """The errors that a user mends in a config, a file or an option, so that a traceback would say nothing more."""
+    from fulgurite.samples import DataError
+
+    return ConfigError, DataError
+
+
+def message_of(error: BaseException) -> str:
+    """The text of an error without the traceback that a data loading worker wraps around it."""
+    text = str(error)
+    if text.startswith("Caught ") and "worker process" in text:
+        text = re.split(rf"\n(?:\S+\.)?{type(error).__name__}: ", text)[-1].strip()
+    return text
+
+
+def exit_code_of(run: Callable[[str, list[str]], int], command: str, argv: list[str]) -> int:
+    """Run a command; the errors of ``bad_input_types`` print one message and give 2, Ctrl-C gives 130."""
+    try:
+        return run(command, argv)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except bad_input_types() as error:
+        print(f"fulgurite {command}: {shorten(message_of(error))}", file=sys.stderr)
+        return BAD_INPUT
