@@ -1,1 +1,1 @@
-"""TODO"""
+"""Where samples come from: LightningDataModules over own files, published data sets and streams of both."""

@@ -1,0 +1,248 @@
+"""What all DataModules share: splits of samples, checks at `setup`, loaders that resume and share out."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from fulgurite.samples import Collator, DataError, DataInfo, Sample, Stage, check_fields, check_picklable
+from fulgurite.samples.dataset import SampleDataset
+from fulgurite.samples.loader import ResumableLoader
+from fulgurite.samples.sampler import GlobalBatchSampler
+
+Split = Literal["train", "val", "test", "predict"]
+SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+
+# Lightning cannot know that this sampler never drops a sample.
+warnings.filterwarnings("ignore", message=r"You are using a custom batch sampler `GlobalBatchSampler`")
+
+
+class FulguriteDataModule(LightningDataModule):
+    """Base of all DataModules. A subclass says where samples come from (`read`) and what they are (`info`).
+
+    Within a fit the collator is asked of the trainer's module; elsewhere give one with `attach`.
+
+    Args:
+        batch_size: samples per training step over all processes together; must divide by their number.
+        eval_batch_size: the same for validation, test and prediction; None takes ``batch_size``.
+        num_workers: loading processes per process; 0 loads in the process itself.
+        seed: of the order of the training samples, together with the epoch.
+        on_bad: what a row or video that cannot be used does: ``"error"`` stops with its name, ``"skip"`` counts it
+            and writes it to ``skipped.jsonl`` of the run folder.
+        feature_cache: folder of stored frame features, filled at `setup` where some are missing; None computes
+            frames in every pass.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        on_bad: Literal["error", "skip"] = "error",
+        feature_cache: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.on_bad = on_bad
+        self.feature_cache = feature_cache
+        self.skipped: list[dict[str, str]] = []
+        self.filtered: Counter[tuple[str, str]] = Counter()
+        self._collators: dict[str, Collator] = {}
+        self._splits: dict[Split, list[Sample]] = {}
+
+    @abstractmethod
+    def read(self, split: Split) -> list[Sample]:
+        """All usable samples of ``split``; an empty list where the data has no such split."""
+
+    @abstractmethod
+    def info(self) -> DataInfo:
+        """Vocabulary, domains and kinds. Reads files if need be; needs no trainer."""
+
+    def stages(self) -> list[Stage]:
+        """One stage over the whole training split, as many epochs as the trainer says."""
+        domains = self.info().domains
+        epochs = getattr(self.trainer, "max_epochs", None) or 1
+        name = domains[0] if len(domains) == 1 else "all"
+        return [Stage(name, domains, epochs, self._num_batches(self.samples("train")))]
+
+    def samples(self, split: Split) -> list[Sample]:
+        """The samples of ``split``, read once and checked for repeated ids."""
+        if split not in self._splits:
+            samples = self.read(split)
+            check_ids(samples, f"{type(self).__name__}, split {split}")
+            self._splits[split] = samples
+        return self._splits[split]
+
+    @contextmanager
+    def skipping(self, split: Split, domain: str, where: str) -> Iterator[None]:
+        """Within it a `DataError` stops the run or is counted and noted, as ``on_bad`` says."""
+        try:
+            yield
+        except DataError as error:
+            if self.on_bad == "error":
+                raise DataError(f"{error}. To leave such samples out, set on_bad to skip") from error
+            self.skipped.append({"split": split, "domain": domain, "where": where, "reason": str(error)})
+
+    def within_vocabulary(
+        self,
+        samples: Sequence[Sample],
+        known: set[str],
+        split: Split,
+        unknown: Literal["keep", "error"],
+        source: str,
+    ) -> list[Sample]:
+        """Training samples whose best answer is outside ``known`` are filtered and counted; elsewhere they stay and
+        count as wrong, or are bad samples where ``unknown`` says ``"error"``."""
+        kept = []
+        for sample in samples:
+            best = max(sample.answers, key=sample.answers.__getitem__, default=None)
+            if best in known:
+                kept.append(sample)
+            elif split == "train":
+                self.filtered[sample.domain, split] += 1
+            elif unknown == "keep":
+                kept.append(sample)
+            else:
+                with self.skipping(split, sample.domain, f"{source}, id {sample.id}"):
+                    raise DataError(
+                        f"{source}: the answer {best!r} of {sample.id!r} is outside the vocabulary; add it, or set "
+                        "unknown_answers to keep, which counts it as wrong"
+                    )
+        return kept
+
+    def attach(self, collator: Collator) -> None:
+        """Use ``collator`` for all stages. For work without a trainer: features, indexing, calibration."""
+        check_picklable(collator)
+        self._collators = {stage: collator for stage in SPLITS_OF_STAGE}
+
+    def setup(self, stage: str) -> None:
+        """Read the splits of ``stage``, ask the module for its collator, check that they fit."""
+        if self.trainer is not None:
+            self._check_trainer()
+            module = self.trainer.lightning_module
+            self._collators[stage] = module.collator(stage)
+            if stage == "fit":
+                self._collators["validate"] = module.collator("validate")
+            owner = type(module).__name__
+        else:
+            owner = "the attached collator"
+        if stage not in self._collators:
+            raise DataError(
+                f"{type(self).__name__}: no trainer and no collator; call attach(collator) before setup"
+            )
+        for split in SPLITS_OF_STAGE[stage]:
+            collator = self._collator(split)
+            check_picklable(collator)
+            samples = self.samples(split)
+            if not samples and split == SPLITS_OF_STAGE[stage][0]:
+                raise DataError(
+                    f"{type(self).__name__} has no samples in its split {split!r}, needed to {stage}"
+                )
+            check_fields(samples, collator, type(self).__name__, owner)
+            self._log_counts(split, samples)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled by (seed, epoch)."""
+        return self.loader("train", self.samples("train"))
+
+    def val_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """In the order of the data; an empty list where there is no validation split."""
+        samples = self.samples("val")
+        return self.loader("val", samples) if samples else []
+
+    def test_dataloader(self) -> ResumableLoader:
+        """In the order of the data."""
+        return self.loader("test", self.samples("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        """In the order of the data. A plain loader: Lightning builds it anew to follow the indices."""
+        parts = self._parts("predict", self.samples("predict"))
+        return DataLoader(**parts, generator=torch.Generator().manual_seed(self.seed))
+
+    def loader(self, split: Split, samples: Sequence[Sample], name: str = "") -> ResumableLoader:
+        """A loader over ``samples`` for this process, with the collator and batch size of ``split``."""
+        return ResumableLoader(**self._parts(split, samples), name=name or split)
+
+    def _parts(self, split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
+        rank, world = self._rank_and_world()
+        training = split == "train"
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        sampler = GlobalBatchSampler(
+            len(samples),
+            self.batch_size if training else self.eval_batch_size,
+            rank,
+            world,
+            shuffle=training and not overfit,
+            seed=self.seed,
+        )
+        return {
+            "dataset": SampleDataset(samples),
+            "batch_sampler": sampler,
+            "collate_fn": self._collator(split),
+            "num_workers": self.num_workers,
+        }
+
+    def _collator(self, split: Split) -> Collator:
+        stage = {"train": "fit", "val": "validate"}.get(split, split)
+        return self._collators[stage]
+
+    def _num_batches(self, samples: Sequence[Sample]) -> int:
+        return -(-len(samples) // self.batch_size)
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        if self.trainer is None or self.trainer.world_size == 1:
+            return 0, 1
+        shares = self.trainer.distributed_sampler_kwargs
+        return shares["rank"], shares["num_replicas"]
+
+    def _check_trainer(self) -> None:
+        _, world = self._rank_and_world()
+        if self.batch_size % world:
+            raise DataError(
+                f"batch_size={self.batch_size} is the number of samples per step over all processes together and does "
+                f"not divide by {world} of them: set data.batch_size to a multiple of {world}"
+            )
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise DataError(
+                "The samples are shared out over processes already; Lightning would share them out once more: "
+                "set trainer.use_distributed_sampler to false"
+            )
+
+    def _log_counts(self, split: Split, samples: Sequence[Sample]) -> None:
+        kept = Counter(s.domain for s in samples)
+        skipped = Counter(s["domain"] for s in self.skipped if s["split"] == split)
+        filtered = Counter({d: n for (d, at), n in self.filtered.items() if at == split})
+        for domain in dict.fromkeys([*self.info().domains, *kept, *skipped, *filtered]):
+            rank_zero_info(
+                f"{domain} {split}: {kept[domain]} kept, {filtered[domain]} filtered, {skipped[domain]} skipped"
+            )
+
+
+def check_ids(samples: Iterable[Sample], source: str) -> None:
+    """Raise `DataError` for the first id that occurs twice within a domain."""
+    seen: set[tuple[str, str]] = set()
+    for sample in samples:
+        if (sample.domain, sample.id) in seen:
+            raise DataError(
+                f"{source}: the id {sample.id!r} occurs twice in {sample.domain!r}; ids must be unique"
+            )
+        seen.add((sample.domain, sample.id))
