@@ -1,0 +1,307 @@
+"""FrozenBiLM: a frozen DeBERTa-v2 that reads frame features in front of a mask-prompted question.
+
+Source: Yang et al., "Zero-Shot Video Question Answering via Frozen Bidirectional Language Models" (NeurIPS 2022), the
+backbone of DAM.
+
+    X = [W_v f + b_v ; E(ids)]                      video first, padded frames masked
+    h_0 .. h_n = DeBERTa(X)                         adapters after both dense layers of every block, by hooks
+    q = P + h_(n-1); twice q = Layer_n(q, h_(n-1))  enhanced mask decoder
+    logits = LN(gelu(W_d q + b_d)) R^T + r          at the mask; R are means of token embeddings of the answers
+
+Legend: B batch, V video tokens, T text tokens, S = V + T, D width, A answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.backbones.base import QAOutput, VideoQABackbone
+from fulgurite.backbones.deberta import (
+    XLARGE,
+    LanguageModelHead,
+    build_encoder,
+    decode_masks,
+    read_pretrained,
+)
+from fulgurite.backbones.frozenbilm_checkpoint import (
+    ImportedWeights,
+    adapter_mismatches,
+    read_frozenbilm,
+    state_mismatches,
+)
+from fulgurite.backbones.prompts import FrozenBiLMCollator
+from fulgurite.backbones.sources import resolve_source
+from fulgurite.checkpoints.digest import digest_of_state
+from fulgurite.checkpoints.errors import MismatchError
+from fulgurite.methods.structure import ModelSpec, Tower
+from fulgurite.samples import Batch
+
+_log = logging.getLogger(__name__)
+_PROJECTION = r"deberta\.embeddings\.linear_video\.(weight|bias)"
+
+
+class FrozenBiLM(VideoQABackbone):
+    """The frozen video-language model of FrozenBiLM and DAM, without its adapters.
+
+    Args:
+        model: folder, hub name or ``package:NAME/path`` of a DeBERTa-v2 masked language model and its tokenizer.
+        pretrained: read the language model's weights from ``model``. False starts from random weights; a complete
+            ``checkpoint`` may then fill all of them.
+        config: with ``pretrained: false``, the fields in which the configuration differs from `deberta.XLARGE`.
+        checkpoint: published FrozenBiLM or DAM file. One that holds only trained tensors is laid over ``model``.
+        tokenizer: where the tokenizer is, if not with ``model``.
+        features: name of the frame features in `Sample.features`; None reads the question alone.
+        feature_dim: width of the frame features.
+        max_frames: video tokens per question.
+        max_tokens: the prompt is cut after so many tokens.
+        max_answer_tokens: an answer is embedded by its first so many tokens.
+        suffix: text after the mask.
+        suffix_quoted: put the suffix in double quotes, as the scripts of the released DAM runs did by accident.
+        use_speech: append subtitles to the prompt.
+        answer_bias: ``"zero"`` as in all published numbers, where setting the bias had no effect; ``"mean"``, what
+            was meant, is the mean vocabulary bias of the answer's tokens.
+        routing_layer: index into the hidden states (embedding output first) for the text part of the routing feature.
+        init_seed: seed of whatever no file fills: the video projection without ``checkpoint``, and all weights with
+            ``pretrained: false``.
+        train_dropout: see `VideoQABackbone`.
+
+    Note:
+        Keys and queries also project the table of relative positions, which has no batch dimension. So adapters at
+        the points ``query`` and ``key`` serve one set per batch; the bank refuses per-sample mixing there.
+
+    Raises:
+        MismatchError: tensors of the files do not fit; all of them are listed.
+    """
+
+    def __init__(
+        self,
+        model: str = "microsoft/deberta-v2-xlarge",
+        pretrained: bool = True,
+        config: dict[str, Any] | None = None,
+        checkpoint: Path | None = None,
+        tokenizer: str | None = None,
+        features: str | None = "clip_vitl14",
+        feature_dim: int = 768,
+        max_frames: int = 10,
+        max_tokens: int = 256,
+        max_answer_tokens: int = 5,
+        suffix: str = ".",
+        suffix_quoted: bool = False,
+        use_speech: bool = True,
+        answer_bias: Literal["zero", "mean"] = "zero",
+        routing_layer: int = -4,
+        init_seed: int = 0,
+        train_dropout: Literal["official", "off"] = "official",
+    ) -> None:
+        super().__init__(train_dropout)
+        from transformers import DebertaV2Config
+
+        if pretrained and config:
+            raise ValueError("config changes the language model's shape: set pretrained: false with it")
+        source = resolve_source(model)
+        self.tokenizer_source = source if tokenizer is None else resolve_source(tokenizer)
+        settings = (
+            DebertaV2Config.from_pretrained(source)
+            if pretrained
+            else DebertaV2Config(**XLARGE | (config or {}))
+        )
+        if max_frames + max_tokens > settings.max_position_embeddings:
+            raise ValueError(
+                f"max_frames={max_frames} and max_tokens={max_tokens} together pass the "
+                f"{settings.max_position_embeddings} positions of {model}"
+            )
+        self.features, self.feature_dim, self.max_frames = features, feature_dim, max_frames
+        self.max_tokens, self.max_answer_tokens = max_tokens, max_answer_tokens
+        self.suffix = f'"{suffix}"' if suffix_quoted else suffix
+        self.use_speech, self.answer_bias, self.routing_layer = use_speech, answer_bias, routing_layer
+        width = settings.hidden_size
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(init_seed)
+            self.deberta = build_encoder(settings)
+            self.lm_predictions = nn.ModuleDict({"lm_head": LanguageModelHead(settings)})
+            projection = nn.Linear(feature_dim, width)
+            nn.init.normal_(projection.weight, std=settings.initializer_range)
+            nn.init.zeros_(projection.bias)
+        self.deberta.embeddings.linear_video = projection
+        self.register_buffer("answer_table", torch.zeros(0, width), persistent=False)
+        self.register_buffer("answer_offset", torch.zeros(0), persistent=False)
+        self.spec = _spec(settings.num_hidden_layers, width)
+        self.not_in_checkpoint: tuple[str, ...] = ()
+        self._adapters: dict[str, dict[str, Tensor]] | None = None
+        self._load(source if pretrained else None, checkpoint)
+        self.freeze()
+
+    def _load(self, source: str | None, checkpoint: Path | None) -> None:
+        imported = ImportedWeights({}, {}) if checkpoint is None else read_frozenbilm(checkpoint)
+        own = self.state_dict()
+        self.not_in_checkpoint = tuple(name for name in own if name not in imported.backbone)
+        state = {}
+        if source is not None and self.not_in_checkpoint:
+            state.update(read_pretrained(source))
+        state.update(imported.backbone)
+        if not state and not imported.adapters:
+            return
+        lines = state_mismatches(state, own, optional=_PROJECTION if checkpoint is None else "")
+        if imported.adapters:
+            sites = {
+                name: self.get_submodule(name)
+                for point in ("attention_output", "feed_forward_output")
+                for name in self.spec.point_names(self, point)
+            }
+            lines += adapter_mismatches(imported.adapters, sites)
+            self._adapters = imported.adapters
+        if lines:
+            files = " and ".join(str(file) for file in (checkpoint, source) if file is not None)
+            listed = "\n  ".join(lines)
+            raise MismatchError(
+                f"{len(lines)} tensors of {files} do not fit this model:\n  {listed}\n"
+                f"Set backbone.init_args.config or model to the shape of the file; a file that holds only trained "
+                f"tensors needs pretrained: true."
+            )
+        self.load_state_dict(state, strict=False)
+        if checkpoint is not None and self.not_in_checkpoint:
+            names = ", ".join(self.not_in_checkpoint)
+            _log.info(
+                "%s lacks %d tensors, taken from %s: %s",
+                checkpoint,
+                len(self.not_in_checkpoint),
+                source,
+                names,
+            )
+
+    def initial_adapters(self) -> dict[str, dict[str, Tensor]] | None:
+        """Adapters of ``checkpoint`` for the set ``initial``: site name -> tensors as in `ImportedWeights`; None
+        without such a file."""
+        return self._adapters
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer, read at first use.
+
+        Raises:
+            ValueError: it has no mask token, or more tokens than the language model.
+        """
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_source)
+        size = self.deberta.config.vocab_size
+        if tokenizer.mask_token is None or tokenizer.pad_token is None:
+            raise ValueError(f"the tokenizer of {self.tokenizer_source} needs a mask and a padding token")
+        if len(tokenizer) > size:
+            raise ValueError(
+                f"{self.tokenizer_source} has {len(tokenizer)} tokens, the language model {size}"
+            )
+        return tokenizer
+
+    def collator(self, stage: str) -> FrozenBiLMCollator:
+        """The same batches in every stage."""
+        return FrozenBiLMCollator(
+            self.tokenizer,
+            self.features,
+            self.feature_dim,
+            self.max_frames,
+            self.max_tokens,
+            self.suffix,
+            self.use_speech,
+        )
+
+    @torch.no_grad()
+    def set_answers(self, answers: Sequence[str]) -> None:
+        """Means of the token embeddings of each answer, (A, D), and biases, (A,)."""
+        repeated = [answer for answer, count in Counter(answers).items() if count > 1]
+        if not answers or repeated:
+            raise ValueError(
+                f"the answer vocabulary must be non-empty and without repeats; repeated: {repeated[:5]}"
+            )
+        tokens = self.tokenizer(
+            list(answers), add_special_tokens=False, truncation=True, max_length=self.max_answer_tokens
+        )["input_ids"]
+        embedding, bias = self.deberta.embeddings.word_embeddings.weight, self.lm_predictions["lm_head"].bias
+        width = max(map(len, tokens))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=embedding.device)
+        real = (
+            torch.arange(width, device=embedding.device)
+            < ids.new_tensor([len(row) for row in tokens])[:, None]
+        )
+        count = real.sum(1).clamp(min=1)
+        self.answers = tuple(answers)
+        self.answer_table = (embedding[ids] * real[..., None]).sum(1) / count[:, None]
+        mean_bias = (bias[ids] * real).sum(1) / count
+        self.answer_offset = mean_bias if self.answer_bias == "mean" else torch.zeros_like(mean_bias)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        """Run the language model with its mask decoder.
+
+        Returns:
+            Decoded states (B, S, D); hidden states of the encoder, embedding output first, each (B, S, D); mask
+            (B, S) integer. Values at masked positions mean nothing.
+        """
+        embeds = self.deberta.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
+        mask = batch["attention_mask"].long()
+        if batch.get("video") is not None:
+            video = self.deberta.embeddings.linear_video(batch["video"].to(embeds.dtype))  # (B, V, D)
+            embeds = torch.cat([video.to(embeds.dtype), embeds], dim=1)
+            mask = torch.cat([batch["video_mask"].long(), mask], dim=1)
+        hidden = self.deberta(
+            inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True, return_dict=True
+        ).hidden_states
+        return decode_masks(self.deberta, hidden[-2], mask), hidden, mask
+
+    def forward(self, batch: Batch) -> QAOutput:
+        """Score the answers at the mask.
+
+        The routing parts are the mean of the raw frame features (B, ``feature_dim``), zeros without video, and the
+        mean over all real positions of the hidden states of ``routing_layer`` (B, D).
+        """
+        if not self.answers:
+            raise RuntimeError("no answers to score: call set_answers first")
+        states, hidden, mask = self.encode(batch)
+        position = batch["mask_position"] + states.shape[1] - batch["input_ids"].shape[1]
+        at_mask = states[torch.arange(states.shape[0], device=states.device), position]  # (B, D)
+        logits = self.lm_predictions["lm_head"](at_mask, self.answer_table, self.answer_offset)
+        if batch.get("video") is not None:
+            frames = _masked_mean(batch["video"].float(), batch["video_mask"])
+        else:
+            frames = states.new_zeros(states.shape[0], self.feature_dim, dtype=torch.float32)
+        return QAOutput(logits, (frames, _masked_mean(hidden[self.routing_layer].float(), mask)))
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the language model, its head and the video projection."""
+        return digest_of_state(self.state_dict())
+
+
+def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    weight = mask.unsqueeze(-1).to(x.dtype)  # (B, S, 1)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def _spec(layers: int, width: int) -> ModelSpec:
+    block = r"deberta\.encoder\.layer\.\d+"
+    return ModelSpec(
+        towers=(Tower("text", block, layers, width, embedding="deberta.embeddings.word_embeddings"),),
+        head="lm_predictions.lm_head",
+        points={
+            "attention_output": (rf"{block}\.attention\.output\.dense", layers),
+            "feed_forward_output": (rf"{block}\.output\.dense", layers),
+            "query": (rf"{block}\.attention\.self\.query_proj", layers),
+            "key": (rf"{block}\.attention\.self\.key_proj", layers),
+            "value": (rf"{block}\.attention\.self\.value_proj", layers),
+            "feed_forward_input": (rf"{block}\.intermediate\.dense", layers),
+            "attention_norm": (rf"{block}\.attention\.output\.LayerNorm", layers),
+            "feed_forward_norm": (rf"{block}\.output\.LayerNorm", layers),
+            "embedding_norm": (r"deberta\.embeddings\.LayerNorm", 1),
+            "position_norm": (r"deberta\.encoder\.LayerNorm", 1),
+            "convolution_norm": (r"deberta\.encoder\.conv\.LayerNorm", 1),
+            "head_norm": (r"lm_predictions\.lm_head\.LayerNorm", 1),
+            "video_projection": (r"deberta\.embeddings\.linear_video", 1),
+        },
+    )
