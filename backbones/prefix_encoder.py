@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.backbones.base import QAOutput, VideoQABackbone
-from fulgurite.backbones.frames import FrameEncoder, FrameExtraction
+from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_tensors
 from fulgurite.methods.structure import ModelSpec, Tower
 from fulgurite.samples import Batch, DataError, Sample, sample_fields
-from fulgurite.samples.sampling import uniform
+from fulgurite.samples.features import FeatureExtractor
+from fulgurite.samples.sampling import FrameSampling
 
 
 class PrefixCollator:
@@ -32,9 +33,9 @@ class PrefixCollator:
     """
 
     def __init__(
-        self, tokenizer: Any, num_frames: int, max_tokens: int, encoder: str | None, transform: Any
+        self, tokenizer: Any, sampling: FrameSampling, max_tokens: int, encoder: str | None, transform: Any
     ) -> None:
-        self.tokenizer, self.num_frames, self.max_tokens = tokenizer, num_frames, max_tokens
+        self.tokenizer, self.sampling, self.max_tokens = tokenizer, sampling, max_tokens
         self.encoder, self.transform = encoder, transform
         self.needs = ("question",) if encoder is None else ("question", f"features.{encoder}|video")
 
@@ -59,7 +60,7 @@ class PrefixCollator:
 
     def _pixels(self, sample: Sample) -> Tensor:
         assert sample.video is not None
-        return self.transform(sample.video.frames(uniform(sample.video.num_frames, self.num_frames)))
+        return self.transform(sample.video.frames(self.sampling.indices(sample.video)))
 
 
 class PrefixEncoder(VideoQABackbone):
@@ -113,7 +114,8 @@ class PrefixEncoder(VideoQABackbone):
             width = config.hidden_size
             if frame_encoder is not None:
                 self.video_projection = nn.Linear(frame_encoder.width, width)
-        self.num_frames, self.max_tokens, self.temperature = num_frames, max_tokens, temperature
+        self.sampling = FrameSampling("uniform", num_frames)
+        self.max_tokens, self.temperature = max_tokens, temperature
         self.routing_layer = routing_layer
         self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)
         layers, block = config.num_hidden_layers, r"text\.encoder\.layer\.\d+"
@@ -139,17 +141,23 @@ class PrefixEncoder(VideoQABackbone):
         encoder = self.frame_encoder
         return PrefixCollator(
             self.tokenizer,
-            self.num_frames,
+            self.sampling,
             self.max_tokens,
             encoder.name if encoder is not None else None,
             encoder.transform if encoder is not None else None,
         )
 
-    def frame_extraction(self) -> FrameExtraction | None:
-        """What a feature cache has to compute per video; None without frames."""
+    def feature_extractor(self) -> FeatureExtractor | None:
+        """Frame tokens of the sampled frames; None for the question alone."""
         if self.frame_encoder is None:
             return None
-        return FrameExtraction(self.frame_encoder, self.num_frames)
+        return FeatureExtractor(self.frame_encoder, self.sampling)
+
+    @property
+    def routing_widths(self) -> tuple[int, ...]:
+        """Widths of the frame part and of the text part."""
+        text = self.answer_embeddings.shape[1]
+        return (text,) if self.frame_encoder is None else (self.frame_encoder.width, text)
 
     @torch.no_grad()
     def set_answers(self, answers: Sequence[str]) -> None:
