@@ -1,13 +1,15 @@
-"""Named sets of adapters beside a frozen backbone, and the choice of which set, or which mixture, is active."""
+"""Named sets of adapters beside a frozen backbone, and the choice of the set or mixture that is active."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,44 +36,53 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class _Site:
+    """A module of the backbone that carries an adapter, and the number of the placement that put it there."""
+
+    name: str
+    module: nn.Module
+    placement: int
+
+
+@dataclass(frozen=True)
 class _Selection:
-    """What is active: one set for all samples, a mixture over ``sets``, or (both None) nothing."""
+    """What is active: one set for all samples, or a mixture of ``sets``, or (both None) nothing."""
 
     name: str | None = None
-    sets: tuple[str, ...] = ()
     mixture: Mixture | None = None
-    one_hot: bool = False
+    sets: tuple[str, ...] = ()
 
 
-# Which selection of which bank (by id) is active in this thread or task. A context variable, because threads that
-# share a bank must not see each other's choice.
-_ACTIVE: contextvars.ContextVar[dict[int, _Selection]] = contextvars.ContextVar(
-    "fulgurite_adapters", default={}
+_Selections = Mapping[int, _Selection]
+# The active selection per bank, by id. A context variable, because threads that share a bank must not see
+# each other's choice.
+_ACTIVE: contextvars.ContextVar[_Selections] = contextvars.ContextVar(
+    "fulgurite_adapters",
+    default=MappingProxyType({}),
 )
 
 
 class AdapterBank(nn.Module):
     """Several named sets of adapters of one make, attached to a frozen backbone by forward hooks.
 
-    The backbone's parameter names do not change, and the backbone is no part of the bank: the state dict holds
-    ``sets.<set>.<site with "/" for ".">.<tensor>`` only. The set `live` is the one that trains; all others have
-    ``requires_grad`` off. Without an active `use`, the live set is applied.
+    The backbone's parameter names do not change, and the backbone is no part of the bank: the state dict
+    holds ``sets.<set>.<site with "/" for ".">.<tensor>`` only. The set ``live`` is the one that trains; all
+    others have ``requires_grad`` off. Where no `use` is active, the live set is applied.
 
-    The hooks follow when a module that owns both the backbone and the bank is deep-copied or pickled. Create all sets
-    before a strategy wraps the model, and attach before `torch.compile` runs for the first time.
+    A module that owns both the backbone and the bank can be deep-copied and pickled; the copy's hooks call
+    the copy's bank. Create all sets before a strategy wraps the model, and attach before `torch.compile`
+    first runs.
 
     Args:
         backbone: the frozen model.
         placements: which kind of adapter goes where. A site carries one adapter.
-        sets: names of the sets made at once, besides ``live``.
+        sets: names of the sets to make besides ``live``, in the order of the columns of mixing weights.
         spec: the model's structure; ``backbone.spec`` when not given.
 
     Raises:
         LookupError: a point is unknown, or matches fewer or more modules than the model has there.
-        ValueError: two placements meet at a site, or a set's name cannot be used.
+        ValueError: two placements meet at a site or nest in a replaced one, or a set's name cannot be used.
     """
-
-    live = LIVE
 
     def __init__(
         self,
@@ -81,34 +92,31 @@ class AdapterBank(nn.Module):
         spec: ModelSpec | None = None,
     ) -> None:
         super().__init__()
-        spec = spec or backbone.spec
-        if not placements:
-            raise ValueError("no placements: name at least one point to adapt")
         self.placements = list(placements)
-        self._kinds: dict[str, Callable[[nn.Module], Adapter]] = {}
-        self._modules_at: dict[str, tuple[nn.Module]] = {}  # in tuples: the backbone is no part of the bank
-        self._placement_of: dict[str, int] = {}
-        for number, placement in enumerate(self.placements):
-            for point in placement.points:
-                for site in spec.point_names(backbone, point):
-                    self._claim(site, number, backbone.get_submodule(site))
+        self._sites = _find_sites(backbone, self.placements, spec or backbone.spec)
         self.num_backbone_parameters = sum(p.numel() for p in backbone.parameters())
         self.sets = nn.ModuleDict()
         for name in (*sets, LIVE):
             self.add(name)
-        for key, (module,) in self._modules_at.items():
-            module.register_forward_hook(functools.partial(self._apply, key), with_kwargs=True)
+        self._check_nesting()
+        for key, site in self._sites.items():
+            site.module.register_forward_hook(functools.partial(self._adapt, key), with_kwargs=True)
 
-    def _claim(self, site: str, number: int, module: nn.Module) -> None:
-        key = site.replace(".", "/")
-        for other in self._kinds:
-            if key == other:
-                raise ValueError(
-                    f"placements {self._placement_of[other]} and {number} both adapt {site!r}; a site carries one adapter"
-                )
-        self._kinds[key] = self.placements[number].kind
-        self._modules_at[key] = (module,)
-        self._placement_of[key] = number
+    def _check_nesting(self) -> None:
+        replaced = [
+            self._sites[key].name for key, adapter in self._set(LIVE).items() if adapter.verb == "replace"
+        ]
+        for outer in replaced:
+            for site in self._sites.values():
+                if site.name.startswith(f"{outer}."):
+                    raise ValueError(
+                        f"{site.name!r} lies inside {outer!r}, which is replaced; adapt only one of them"
+                    )
+
+    @property
+    def live(self) -> str:
+        """Name of the one set that trains."""
+        return LIVE
 
     @property
     def names(self) -> list[str]:
@@ -118,35 +126,37 @@ class AdapterBank(nn.Module):
     @property
     def sites(self) -> list[str]:
         """Module names of the adapted sites, in order of the placements."""
-        return [key.replace("/", ".") for key in self._kinds]
+        return [site.name for site in self._sites.values()]
 
     def add(self, name: str) -> None:
-        """Make a fresh set. Only ``live`` trains.
+        """Make a fresh set on the devices of its sites. Only ``live`` trains.
 
         Raises:
             ValueError: the name is taken, or cannot be part of a parameter's name.
         """
-        if not name or "." in name or name in self.sets or hasattr(self.sets, name):
+        if not name or "." in name or hasattr(self.sets, name):
             raise ValueError(
-                f"a set cannot be called {name!r}: empty, taken, reserved, or with a '.'; have {self.names}"
+                f"an adapter set cannot be called {name!r}: it is empty, taken, reserved, or has a '.'; "
+                f"there are {self.names}"
             )
         adapters = nn.ModuleDict()
-        for key, kind in self._kinds.items():
-            (module,) = self._modules_at[key]
-            adapter = kind(module)
-            reference = next(module.parameters(), None)
-            if reference is not None:
-                adapter.to(reference.device)
-            adapters[key] = adapter
+        for key, site in self._sites.items():
+            adapter = self.placements[site.placement].kind(site.module)
+            if not isinstance(adapter, Adapter):
+                raise ValueError(
+                    f"placement {site.placement} makes a {type(adapter).__name__}, which is no Adapter"
+                )
+            parameter = next(site.module.parameters(), None)
+            adapters[key] = adapter if parameter is None else adapter.to(parameter.device)
         self.sets[name] = adapters.requires_grad_(name == LIVE)
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """Parameters of one set, in a fixed order."""
+        """Parameters of one set, in the same order for every set."""
         return list(self._set(name).parameters())
 
     def _set(self, name: str) -> nn.ModuleDict:
         if name not in self.sets:
-            raise LookupError(f"no adapter set {name!r}; have {self.names}")
+            raise LookupError(f"no adapter set {name!r}; there are {self.names}")
         return self.sets[name]
 
     @torch.no_grad()
@@ -156,26 +166,40 @@ class AdapterBank(nn.Module):
             to.copy_(of)
 
     def reset(self, name: str, generator: torch.Generator | None = None) -> None:
-        """Give one set its starting values, in place."""
+        """Give one set its starting values again, in place."""
         for adapter in self._set(name).values():
             adapter.reset_parameters(generator)
 
     @contextlib.contextmanager
     def use(self, selection: str | Tensor | None, sets: Sequence[str] | None = None) -> Iterator[None]:
-        """Make a choice of adapters active in this thread until the block ends.
+        """Make a choice of adapters active, in this thread, until the block ends; blocks may nest.
 
         Args:
-            selection: the name of a set; weights (B, K) that mix the sets per sample; an index (B,) long, one set per
-                sample; or None, the bare backbone.
-            sets: the K sets that the columns of weights, or an index, stand for; all but ``live``, in order, when
-                not given.
+            selection: the name of a set; weights (B, K) that mix the sets per sample; an index (B,) long, one
+                set per sample; or None, the bare backbone.
+            sets: the K sets that the columns of weights, or an index, stand for; all but ``live``, in order,
+                when not given.
 
         Raises:
-            LookupError: a name is not that of a set.
+            LookupError: there is no set of that name.
             ValueError: the shape does not fit the sets, or a kind does not define mixing.
         """
-        chosen = self._selection(selection, sets)
-        token = _ACTIVE.set({**_ACTIVE.get(), id(self): chosen})
+        with self._active(self._selection(selection, sets)):
+            yield
+
+    def checkpoint_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts by which activation checkpointing recomputes with the selection of the forward pass.
+
+        Recomputation runs in the backward pass, when the `use` block may have ended or another one may be
+        active. Give this method to the backbone: ``gradient_checkpointing_enable({"use_reentrant": False,
+        "context_fn": bank.checkpoint_context})``, or to `torch.utils.checkpoint.checkpoint` as
+        ``context_fn``.
+        """
+        return contextlib.nullcontext(), self._active(_ACTIVE.get().get(id(self), _Selection(LIVE)))
+
+    @contextlib.contextmanager
+    def _active(self, chosen: _Selection) -> Iterator[None]:
+        token = _ACTIVE.set(MappingProxyType({**_ACTIVE.get(), id(self): chosen}))
         try:
             yield
         finally:
@@ -186,70 +210,57 @@ class AdapterBank(nn.Module):
             return _Selection()
         if isinstance(selection, str):
             self._set(selection)
-            return _Selection(name=selection)
+            return _Selection(selection)
         names = tuple(sets) if sets is not None else tuple(name for name in self.sets if name != LIVE)
-        for name in names:
-            self._set(name)
+        adapters = [self._set(name) for name in names]
         if selection.dim() == 1 and selection.dtype == torch.long:
             if len(selection) and not 0 <= int(selection.min()) <= int(selection.max()) < len(names):
-                raise ValueError(f"an index outside 0..{len(names) - 1}: the sets are {list(names)}")
-            return _Selection(sets=names, mixture=Mixture.one_hot(selection, len(names)), one_hot=True)
+                raise ValueError(
+                    f"a set's index lies outside 0 to {len(names) - 1}; the sets are {list(names)}"
+                )
+            return _Selection(mixture=Mixture.one_hot(selection, len(names)), sets=names)
         if selection.dim() != 2 or selection.shape[1] != len(names) or not selection.is_floating_point():
             raise ValueError(
-                f"mixing weights are floats (B, {len(names)}) over {list(names)}, or an index (B,) long; "
-                f"got {selection.dtype} {tuple(selection.shape)}"
+                f"mixing weights are floats (B, {len(names)}) over {list(names)}, and an index is long (B,); "
+                f"this is {selection.dtype} {tuple(selection.shape)}"
             )
-        if not bool(torch.isfinite(selection).all()):
-            raise ValueError("mixing weights are not finite")
-        for key, adapter in self._set(names[0]).items():
+        if not bool(selection.isfinite().all()):
+            raise ValueError("some mixing weights are not finite")
+        for key, adapter in adapters[0].items():
             if not adapter.mixes:
                 raise ValueError(
-                    f"{adapter} at {key.replace('/', '.')!r} does not define mixing; select one set by name or by index"
+                    f"{adapter} at {self._sites[key].name!r} does not define mixing; "
+                    "select one set by its name, or one per sample by an index"
                 )
-        return _Selection(sets=names, mixture=Mixture.of(selection))
+        return _Selection(mixture=Mixture.of(selection), sets=names)
 
-    def _apply(self, key: str, module: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-        chosen = _ACTIVE.get().get(id(self))
-        if chosen is None:
-            chosen = _Selection(name=LIVE)
+    def _adapt(
+        self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+    ) -> Tensor:
+        """The forward hook of the site ``key``."""
+        chosen = _ACTIVE.get().get(id(self), _Selection(LIVE))
         x = args[0] if args else next(iter(kwargs.values()))
         if chosen.name is not None:
             return self.sets[chosen.name][key](x, y)
         if chosen.mixture is None:
             return y
         num_samples = len(chosen.mixture.weights)
-        if y.dim() < 2 or len(y) != num_samples:
+        if y.dim() < 2 or len(y) != num_samples or len(x) != num_samples:
             raise ValueError(
-                f"{key.replace('/', '.')!r} gives {tuple(y.shape)}, but the mixture is for a batch of {num_samples}: "
-                "per-sample adapters need the batch as the first dimension"
+                f"the site {self._sites[key].name!r} turns {tuple(x.shape)} into {tuple(y.shape)}, but the "
+                f"selection is for {num_samples} samples, which must be the first dimension"
             )
         experts = [self.sets[name][key] for name in chosen.sets]
-        act = type(experts[0]).select if chosen.one_hot else type(experts[0]).mix
-        return act(experts, chosen.mixture, x, y)
-
-    def checkpoint_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Contexts that give activation checkpointing the selection of the forward pass when it recomputes.
-
-        Recomputation runs in the backward pass, when the `use` block may have ended. Pass this method:
-        ``model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": bank.checkpoint_context})``.
-        """
-        return contextlib.nullcontext(), self._again(_ACTIVE.get().get(id(self)))
-
-    @contextlib.contextmanager
-    def _again(self, chosen: _Selection | None) -> Iterator[None]:
-        active = {key: value for key, value in _ACTIVE.get().items() if key != id(self)}
-        token = _ACTIVE.set(active if chosen is None else {**active, id(self): chosen})
-        try:
-            yield
-        finally:
-            _ACTIVE.reset(token)
+        kind = type(experts[0])
+        with _gathered(experts):
+            return (kind.select if chosen.mixture.is_one_hot else kind.mix)(experts, chosen.mixture, x, y)
 
     def report(self) -> BankReport:
-        """What trains, and how much of the backbone that is."""
+        """What one set trains and stores, by placement."""
         rows = []
         for number, placement in enumerate(self.placements):
-            adapters = [a for key, a in self.sets[LIVE].items() if self._placement_of[key] == number]
-            parameters = [p for a in adapters for p in a.parameters()]
+            adapters = [a for key, a in self._set(LIVE).items() if self._sites[key].placement == number]
+            parameters = [p for adapter in adapters for p in adapter.parameters()]
             rows.append(
                 PlacementReport(
                     kind=type(adapters[0]).__name__,
@@ -260,3 +271,36 @@ class AdapterBank(nn.Module):
                 )
             )
         return BankReport(tuple(rows), self.num_backbone_parameters)
+
+
+def _find_sites(backbone: nn.Module, placements: Sequence[Placement], spec: ModelSpec) -> dict[str, _Site]:
+    """The sites of all placements, by their key in a set."""
+    sites: dict[str, _Site] = {}
+    for number, placement in enumerate(placements):
+        for point in placement.points:
+            for name in spec.point_names(backbone, point):
+                key = name.replace(".", "/")
+                if key in sites:
+                    raise ValueError(
+                        f"placements {sites[key].placement} and {number} meet at {name!r} ({point!r}); "
+                        "a site carries one adapter"
+                    )
+                sites[key] = _Site(name, backbone.get_submodule(name), number)
+    if not sites:
+        raise ValueError("nothing to adapt: give placements, each with at least one point")
+    return sites
+
+
+@contextlib.contextmanager
+def _gathered(experts: Sequence[Adapter]) -> Iterator[None]:
+    """Whole parameters while mixing, where FSDP2 has sharded them: mixing passes by the experts' forward."""
+    sharded = [expert for expert in experts if hasattr(expert, "unshard")]
+    if sharded and torch.is_grad_enabled():
+        raise ValueError("mixing sets that FSDP2 has sharded has no gradients; run it under torch.no_grad()")
+    for expert in sharded:
+        expert.unshard()
+    try:
+        yield
+    finally:
+        for expert in sharded:
+            expert.reshard()

@@ -17,8 +17,9 @@ Verb = Literal["transform", "reparametrize", "replace"]
 class Adapter(nn.Module, ABC):
     """Trainable tensors of one place (a *site*) of a frozen backbone, and how they change what leaves it.
 
-    A subclass says by `verb` what it does to the site: ``transform`` its output, ``reparametrize`` its weight, or
-    ``replace`` the module. A fresh adapter leaves the backbone's output as it is, unless its docstring says otherwise.
+    A subclass says by `verb` what it does to the site: ``transform`` its output, ``reparametrize`` its
+    weight, or ``replace`` the module. A fresh adapter leaves the backbone's output as it is, unless its
+    docstring says otherwise.
     """
 
     verb: ClassVar[Verb]

@@ -1,4 +1,9 @@
-"""Bottleneck adapter (Houlsby et al., 2019, arXiv 1902.00751) as FrozenBiLM and DAM use it: A(z) = z + s (U drop(act(D z + d)) + u)."""
+"""Bottleneck adapter (Houlsby et al., 2019, arXiv 1902.00751), placed as FrozenBiLM and DAM do.
+
+    A(z) = z + s (U drop(act(D z + d)) + u)
+
+D is (dim / reduction, dim), U is (dim, dim / reduction).
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,8 @@ class Bottleneck(Adapter):
         scale: s.
         dropout: after the activation.
         activation: the non-linearity.
-        init: ``"zero_up"`` starts with U = u = 0, the identity; ``"official"`` with N(0, 0.02) weights and zero
-            biases, what the published code ends up with.
+        init: ``"zero_up"`` starts with U = u = 0, the identity; ``"official"`` with N(0, 0.02) weights and
+            zero biases, what the published code ends up with.
 
     Raises:
         ValueError: ``reduction`` leaves no inner unit.

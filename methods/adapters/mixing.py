@@ -6,11 +6,12 @@ Every sample b has weights p(b) over K experts and sees one merged map:
 
 Three forms compute this. They differ in cost only, and `mixed_linear` picks one:
 
-- ``rows``: one pass per *distinct* row of p, merging just the experts with a non-zero weight into one reused buffer.
-  Extra memory O * I, forward and backward. An expert that has weight 1 is used as it is, without a copy.
-- ``batched``: all merged maps by one product (B, K) x (K, O * I), then one batched product. Extra memory B * O * I.
-- ``factored``: experts applied side by side, their results weighted. Extra memory B * S * k * min(I, O) for the k
-  experts used anywhere in the batch.
+- ``rows``: one pass per *distinct* row of p, merging just the experts with a non-zero weight into one reused
+  buffer. Extra memory O * I, forward and backward. An expert that has weight 1 is used as it is, without a
+  copy.
+- ``batched``: all merged maps by one product (B, k) x (k, O * I), then one batched product. Extra memory
+  (B + k) * O * I, for the k experts used anywhere in the batch.
+- ``factored``: experts applied side by side, their results weighted. Extra memory B * S * k * min(I, O).
 
 Shapes: B batch, K experts, S positions of one sample, I and O features in and out.
 """
@@ -52,11 +53,13 @@ class Mixture:
         weights: (B, K).
         groups: the distinct rows of ``weights``.
         used: experts with a non-zero weight in any row; all of them where ``weights`` carries a gradient.
+        is_one_hot: every row picks one expert with weight 1, and no gradient goes to ``weights``.
     """
 
     weights: Tensor
     groups: tuple[Group, ...]
     used: tuple[int, ...]
+    is_one_hot: bool
 
     @classmethod
     def of(cls, weights: Tensor) -> Mixture:
@@ -75,12 +78,20 @@ class Mixture:
             )
         num_experts = table.shape[1]
         used = range(num_experts) if weights.requires_grad else table.any(dim=0).nonzero().flatten().tolist()
-        return cls(weights, tuple(groups), tuple(used))
+        # An all-zero table still needs one column to compute zeros with.
+        is_one_hot = not weights.requires_grad and all(group.weights == (1.0,) for group in groups)
+        return cls(weights, tuple(groups), tuple(used) or (0,), is_one_hot)
+
+    def average(self, vectors: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Each sample's average of K vectors (N,), shaped (B, 1, ..., N) to meet ``like`` (B, ..., N)."""
+        shares = self.weights[:, list(self.used)]
+        averages = shares @ torch.stack([vectors[i].to(shares.dtype) for i in self.used])
+        return averages.to(like.dtype).view(len(averages), *(1,) * (like.dim() - 2), -1)
 
     @classmethod
     def one_hot(cls, index: Tensor, num_experts: int) -> Mixture:
         """One expert per sample; ``index`` is (B,) long."""
-        return cls.of(F.one_hot(index, num_experts).to(torch.get_default_dtype()))
+        return cls.of(F.one_hot(index, num_experts).float())
 
 
 def _rows(positions: Tensor, device: torch.device) -> slice | Tensor:
@@ -108,7 +119,8 @@ def mixed_linear(
         form: see the module's docstring; None picks by device and sizes.
 
     Returns:
-        (B, ..., O), in the dtype of ``x`` or of an active autocast. Gradients reach ``x``, experts, and weights.
+        (B, ..., O), in the dtype of ``x`` or of an active autocast. Gradients reach ``x``, the experts, and
+        the mixing weights.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -130,8 +142,8 @@ def mixed_linear(
 def pick_form(x: Tensor, out_features: int, mixture: Mixture) -> Form:
     """The cheapest form for ``x`` (B, S, I).
 
-    A CPU merges one small map in cache faster than it moves B of them through memory. Accelerators pay per launch,
-    so they batch, unless few rows differ or the merged maps would outgrow the activations.
+    A CPU merges one small map in cache faster than it moves B of them through memory. Accelerators pay per
+    launch, so they batch, unless few rows differ or the merged maps would outgrow the activations.
     """
     if x.device.type == "cpu" or len(mixture.groups) <= 2:
         return "rows"
@@ -165,9 +177,10 @@ def _factored(
 
 
 def merge_into(buffer: Tensor, tensors: Sequence[Tensor], group: Group) -> tuple[Tensor, float]:
-    """The merged tensor of one group as (tensor, factor), in one pass for two experts: factor * (t_0 + w_1/w_0 t_1).
+    """The merged tensor of one group as (tensor, factor): w_0 * (t_0 + w_1 / w_0 t_1 + ...), factor w_0.
 
-    ``buffer`` is overwritten, or left alone where a single expert needs no merging.
+    Two experts take one pass over memory. ``buffer`` is overwritten, or left alone where a single expert
+    needs no merging.
     """
     first, *others = group.experts
     factor, *weights = group.weights
@@ -243,7 +256,7 @@ class _RowsLinear(torch.autograd.Function):
 
 
 def _shares_gradient(x: Tensor, grad: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """(B, K): how the loss changes with each sample's weight of each expert, also where that weight is zero."""
+    """(B, K): how the loss changes with a sample's weight of an expert, also where that weight is zero."""
     columns = []
     for number, weight in enumerate(weights):
         weight = weight.to(x.dtype)

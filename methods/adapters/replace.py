@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fulgurite.methods.adapters.base import Adapter
 from fulgurite.methods.adapters.mixing import Mixture, mixed_linear
@@ -17,8 +18,8 @@ from fulgurite.methods.adapters.mixing import Mixture, mixed_linear
 class Replace(Adapter):
     """The site's output is that of a trained copy of the site, which starts with the pretrained values.
 
-    The site itself stays frozen and still runs, so this is for small modules. Mixing is defined for `nn.Linear` and
-    for norms that end in ``weight`` and ``bias`` of the normalised size.
+    The site itself stays frozen, and still runs, so this is for small modules. Mixing is defined for
+    `nn.Linear`, and for `nn.LayerNorm` and `nn.RMSNorm` with a weight over the last dimension.
     """
 
     verb = "replace"
@@ -30,8 +31,11 @@ class Replace(Adapter):
 
     @property
     def mixes(self) -> bool:
-        """True for linear layers and norms with an affine part."""
-        return isinstance(self.module, (nn.Linear, nn.LayerNorm, nn.RMSNorm))
+        """True for linear layers, and norms over the last dimension that have a weight."""
+        module = self.module
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            return module.weight is not None and module.weight.dim() == 1
+        return type(module) is nn.Linear
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -45,20 +49,25 @@ class Replace(Adapter):
 
     @classmethod
     def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
-        """Average the copies' weights per sample; ``x`` is (B, ..., I)."""
+        """What the average of the copies makes of each sample of ``x`` (B, ..., I)."""
         modules = [expert.module for expert in experts]
-        if isinstance(modules[0], nn.Linear):
-            biases = None if modules[0].bias is None else [m.bias for m in modules]
+        first = modules[0]
+        if not experts[0].mixes:
+            return super().mix(experts, mixture, x, y)
+        biases = None if getattr(first, "bias", None) is None else [m.bias for m in modules]
+        if isinstance(first, nn.Linear):
             return mixed_linear(x, [m.weight for m in modules], biases, mixture)
-        return super().mix(experts, mixture, x, y)
+        if isinstance(first, nn.LayerNorm):
+            scaled = F.layer_norm(x, first.normalized_shape, eps=first.eps)
+        else:
+            scaled = F.rms_norm(x, first.normalized_shape, eps=first.eps)
+        scaled = scaled * mixture.average([m.weight for m in modules], like=scaled)
+        return scaled if biases is None else scaled + mixture.average(biases, like=scaled)
 
 
 def _without_hooks(site: nn.Module) -> nn.Module:
-    """A deep copy of ``site`` free of the hooks on it: they belong to the bank."""
+    """A deep copy of ``site`` free of the forward hooks on it, which would drag the bank along."""
     bare = copy.copy(site)
-    bare.__dict__ = {
-        **site.__dict__,
-        "_forward_hooks": OrderedDict(),
-        "_forward_hooks_with_kwargs": OrderedDict(),
-    }
+    hooks = {name: OrderedDict() for name in site.__dict__ if name.startswith("_forward_hooks")}
+    bare.__dict__ = {**site.__dict__, **hooks}
     return copy.deepcopy(bare)

@@ -45,8 +45,9 @@ class BankReport:
                 f"{row.kind:<14}{row.num_sites:>6}{row.num_parameters:>14,}{row.num_bytes / 1e6:>9.2f}  "
                 + ", ".join(row.points)
             )
+        num_sites = sum(row.num_sites for row in self.placements)
         lines.append(
-            f"{'all':<14}{sum(r.num_sites for r in self.placements):>6}{self.num_parameters:>14,}"
-            f"{self.num_bytes / 1e6:>9.2f}  {self.share:.2%} of the backbone's {self.num_backbone_parameters:,}"
+            f"{'all':<14}{num_sites:>6}{self.num_parameters:>14,}{self.num_bytes / 1e6:>9.2f}  "
+            f"{self.share:.2%} of the backbone's {self.num_backbone_parameters:,}"
         )
         return "\n".join(lines)

@@ -8,7 +8,7 @@ B batch, N samples, D feature width, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ def mixing_weights(
 
     Args:
         similarities: (B, K).
-        top_k: experts to keep; all of them for 0 or less, and never more than there are. Ties keep the lowest index.
+        top_k: experts to keep; all of them for 0 or less, and never more than there are. Ties keep the lowest
+            index.
         temperature: of the softmax over the kept ones; towards 0 it becomes one-hot.
         num_models: only the first so many experts exist; the others get 0. All, when not given.
         is_prob: the input holds probabilities; the kept ones are divided by their sum instead.
@@ -60,14 +61,14 @@ class CentroidRouter(Router):
     """Weights experts by the cosine of a feature to the mean training feature of each.
 
     The means are float64 sums and counts, so they do not depend on the order, the batches, or the number of
-    processes that fed them (add up `sums` and `counts` over processes). Both are buffers of fixed shape once the
-    width and the experts are known: give them here, or call `build`, before a checkpoint is loaded.
+    processes that fed them. Both are buffers of fixed shape once the width and the experts are known: give
+    them here, or call `build`, before a checkpoint is loaded.
 
     Args:
         top_k: experts to mix per sample; 0 or less mixes all.
         temperature: of the softmax over the similarities.
-        normalize_parts: scale every part of the feature to length 1 before they are joined. As published, the parts
-            are joined as they are, and the one with the larger norm dominates.
+        normalize_parts: scale every part of the feature to length 1 before they are joined. As published, the
+            parts are joined as they are, and the one with the larger norm dominates.
         width: D, the sum over the parts.
         experts: their names, in the order of the columns.
     """
@@ -119,25 +120,41 @@ class CentroidRouter(Router):
         joined = torch.cat([part.double() for part in parts], dim=-1)
         if joined.shape[-1] != self.sums.shape[1]:
             raise ValueError(
-                f"features of width {joined.shape[-1]} (parts {[p.shape[-1] for p in parts]}) meet a router built for "
-                f"{self.sums.shape[1]}; call build(width, experts) with the width of the joined parts"
+                f"features of width {joined.shape[-1]} (parts {[p.shape[-1] for p in parts]}) meet a router built "
+                f"for {self.sums.shape[1]}; call build(width, experts) with the width of the joined parts"
             )
         return joined
 
     @torch.no_grad()
-    def update(self, features: Features, expert: str) -> None:
-        """Add the features (N, D) of some training samples to the mean of ``expert``."""
-        if expert not in self.experts:
-            raise LookupError(f"no expert {expert!r}; have {self.experts}")
+    def update(
+        self, features: Features, expert: str, reduce: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Add the features (N, D) of some training samples, N >= 0, to the mean of ``expert``.
+
+        ``reduce`` sums a tensor over processes. With several processes give it, and call this equally often
+        in all of them: the buffers must stay equal everywhere, since DDP overwrites them with the first
+        process's.
+        """
+        row = self._row(expert)
         joined = self.joined(features)
-        row = self.experts.index(expert)
-        self.sums[row] += joined.sum(0)
-        self.counts[row] += len(joined)
+        added = torch.cat([joined.sum(0), joined.new_tensor([len(joined)])])
+        added = added if reduce is None else reduce(added)
+        self.sums[row] += added[:-1]
+        self.counts[row] += added[-1]
 
     def reset(self, expert: str) -> None:
         """Forget the features of one expert."""
-        row = self.experts.index(expert)
+        row = self._row(expert)
         self.sums[row], self.counts[row] = 0, 0
+
+    def _row(self, expert: str) -> int:
+        if expert not in self.experts:
+            raise LookupError(f"no expert {expert!r}; there are {self.experts}")
+        return self.experts.index(expert)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CentroidRouter:
+        # A change of the model's precision moves the sums to a device, but keeps them in float64.
+        return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
     @property
     def centroids(self) -> Tensor:
