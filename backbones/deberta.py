@@ -1,7 +1,8 @@
-"""DeBERTa-v2 as a masked language model: the parts that `transformers` leaves out, and the loading of its files.
+"""DeBERTa-v2 as a masked language model: the parts that `transformers` leaves out, and its files.
 
-The encoder is `transformers`' own. Its masked language model has no enhanced mask decoder, and drops the absolute
-positions that the decoder needs on load; both are here, under the names of the published checkpoints.
+The encoder is `transformers`' own. Its masked language model has no enhanced mask decoder, and drops the
+absolute positions that the decoder needs on load; both are here, under the names of the published
+checkpoints.
 Source: He et al., "DeBERTa: Decoding-enhanced BERT with Disentangled Attention", section 3.2.
 
 Legend: B batch, S sequence, D width, A rows of an output table.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-StateDict = dict[str, Tensor]
+from fulgurite.backbones.base import StateDict
 
 XLARGE: dict[str, Any] = {
     "vocab_size": 128100,
@@ -74,7 +75,8 @@ class LanguageModelHead(nn.Module):
 def build_encoder(config: Any) -> nn.Module:
     """A `transformers.DebertaV2Model` with the absolute positions of the mask decoder.
 
-    They are ``embeddings.position_embeddings``, as in the published files; the encoder itself adds none to its input.
+    They are ``embeddings.position_embeddings``, as in the published files; the encoder itself adds none to
+    its input.
 
     Raises:
         ValueError: ``config`` is not of the family that has a mask decoder with positions.

@@ -1,12 +1,12 @@
 """FrozenBiLM: a frozen DeBERTa-v2 that reads frame features in front of a mask-prompted question.
 
-Source: Yang et al., "Zero-Shot Video Question Answering via Frozen Bidirectional Language Models" (NeurIPS 2022), the
-backbone of DAM.
+Source: Yang et al., "Zero-Shot Video Question Answering via Frozen Bidirectional Language Models" (NeurIPS
+2022), the backbone of DAM.
 
     X = [W_v f + b_v ; E(ids)]                      video first, padded frames masked
     h_0 .. h_n = DeBERTa(X)                         adapters after both dense layers of every block, by hooks
     q = P + h_(n-1); twice q = Layer_n(q, h_(n-1))  enhanced mask decoder
-    logits = LN(gelu(W_d q + b_d)) R^T + r          at the mask; R are means of token embeddings of the answers
+    logits = LN(gelu(W_d q + b_d)) R^T + r          at the mask; R: mean token embeddings of the answers
 
 Legend: B batch, V video tokens, T text tokens, S = V + T, D width, A answers.
 """
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fulgurite.backbones.base import QAOutput, VideoQABackbone
+from fulgurite.backbones.base import QAOutput, StateDict, VideoQABackbone
 from fulgurite.backbones.deberta import (
     XLARGE,
     LanguageModelHead,
@@ -52,11 +52,14 @@ class FrozenBiLM(VideoQABackbone):
     """The frozen video-language model of FrozenBiLM and DAM, without its adapters.
 
     Args:
-        model: folder, hub name or ``package:NAME/path`` of a DeBERTa-v2 masked language model and its tokenizer.
-        pretrained: read the language model's weights from ``model``. False starts from random weights; a complete
-            ``checkpoint`` may then fill all of them.
-        config: with ``pretrained: false``, the fields in which the configuration differs from `deberta.XLARGE`.
-        checkpoint: published FrozenBiLM or DAM file. One that holds only trained tensors is laid over ``model``.
+        model: folder, hub name or ``package:NAME/path`` of a DeBERTa-v2 masked language model and its
+            tokenizer.
+        pretrained: read the language model's weights from ``model``. False starts from random weights; a
+            complete ``checkpoint`` may then fill all of them.
+        config: with ``pretrained: false``, the fields in which the configuration differs from
+            `deberta.XLARGE`.
+        checkpoint: published FrozenBiLM or DAM file. One that holds only trained tensors is laid over
+            ``model``.
         tokenizer: where the tokenizer is, if not with ``model``.
         features: name of the frame features in `Sample.features`; None reads the question alone.
         feature_dim: width of the frame features.
@@ -64,18 +67,21 @@ class FrozenBiLM(VideoQABackbone):
         max_tokens: the prompt is cut after so many tokens.
         max_answer_tokens: an answer is embedded by its first so many tokens.
         suffix: text after the mask.
-        suffix_quoted: put the suffix in double quotes, as the scripts of the released DAM runs did by accident.
+        suffix_quoted: put the suffix in double quotes, as the scripts of the released DAM runs did by
+            accident.
         use_speech: append subtitles to the prompt.
-        answer_bias: ``"zero"`` as in all published numbers, where setting the bias had no effect; ``"mean"``, what
-            was meant, is the mean vocabulary bias of the answer's tokens.
-        routing_layer: index into the hidden states (embedding output first) for the text part of the routing feature.
-        init_seed: seed of whatever no file fills: the video projection without ``checkpoint``, and all weights with
-            ``pretrained: false``.
+        answer_bias: ``"zero"`` as in all published numbers, where setting the bias had no effect; ``"mean"``,
+            what was meant, is the mean vocabulary bias of the answer's tokens.
+        routing_layer: index into the hidden states (embedding output first) for the text part of the routing
+            feature.
+        init_seed: seed of whatever no file fills: the video projection without ``checkpoint``, and all
+            weights with ``pretrained: false``.
         train_dropout: see `VideoQABackbone`.
 
     Note:
-        Keys and queries also project the table of relative positions, which has no batch dimension. So adapters at
-        the points ``query`` and ``key`` serve one set per batch; the bank refuses per-sample mixing there.
+        Keys and queries also project the table of relative positions, which has no batch dimension. So
+        adapters at the points ``query`` and ``key`` serve one set per batch; the bank refuses per-sample
+        mixing there.
 
     Raises:
         MismatchError: tensors of the files do not fit; all of them are listed.
@@ -135,7 +141,7 @@ class FrozenBiLM(VideoQABackbone):
         self.register_buffer("answer_offset", torch.zeros(0), persistent=False)
         self.spec = _spec(settings.num_hidden_layers, width)
         self.not_in_checkpoint: tuple[str, ...] = ()
-        self._adapters: dict[str, dict[str, Tensor]] | None = None
+        self._adapters: dict[str, StateDict] | None = None
         self._load(source if pretrained else None, checkpoint)
         self.freeze()
 
@@ -163,8 +169,8 @@ class FrozenBiLM(VideoQABackbone):
             listed = "\n  ".join(lines)
             raise MismatchError(
                 f"{len(lines)} tensors of {files} do not fit this model:\n  {listed}\n"
-                f"Set backbone.init_args.config or model to the shape of the file; a file that holds only trained "
-                f"tensors needs pretrained: true."
+                f"Set backbone.init_args.config or model to the shape of the file; a file of trained tensors "
+                f"alone needs pretrained: true."
             )
         self.load_state_dict(state, strict=False)
         if checkpoint is not None and self.not_in_checkpoint:
@@ -177,9 +183,8 @@ class FrozenBiLM(VideoQABackbone):
                 names,
             )
 
-    def initial_adapters(self) -> dict[str, dict[str, Tensor]] | None:
-        """Adapters of ``checkpoint`` for the set ``initial``: site name -> tensors as in `ImportedWeights`; None
-        without such a file."""
+    def initial_adapters(self) -> dict[str, StateDict] | None:
+        """Adapters of ``checkpoint`` by site, with the tensors of `ImportedWeights`; None if it has none."""
         return self._adapters
 
     @cached_property
@@ -241,8 +246,8 @@ class FrozenBiLM(VideoQABackbone):
         """Run the language model with its mask decoder.
 
         Returns:
-            Decoded states (B, S, D); hidden states of the encoder, embedding output first, each (B, S, D); mask
-            (B, S) integer. Values at masked positions mean nothing.
+            Decoded states (B, S, D); hidden states of the encoder, embedding output first, each (B, S, D);
+            mask (B, S) integer. Values at masked positions mean nothing.
         """
         embeds = self.deberta.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
         mask = batch["attention_mask"].long()
@@ -258,8 +263,8 @@ class FrozenBiLM(VideoQABackbone):
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers at the mask.
 
-        The routing parts are the mean of the raw frame features (B, ``feature_dim``), zeros without video, and the
-        mean over all real positions of the hidden states of ``routing_layer`` (B, D).
+        The routing parts are the mean of the raw frame features (B, ``feature_dim``), zeros without video,
+        and the mean over all real positions of the hidden states of ``routing_layer`` (B, D).
         """
         if not self.answers:
             raise RuntimeError("no answers to score: call set_answers first")
@@ -272,6 +277,11 @@ class FrozenBiLM(VideoQABackbone):
         else:
             frames = states.new_zeros(states.shape[0], self.feature_dim, dtype=torch.float32)
         return QAOutput(logits, (frames, _masked_mean(hidden[self.routing_layer].float(), mask)))
+
+    @property
+    def routing_widths(self) -> tuple[int, ...]:
+        """Width of the frame features and of the hidden states."""
+        return (self.feature_dim, self.deberta.config.hidden_size)
 
     @property
     def fingerprint(self) -> str:

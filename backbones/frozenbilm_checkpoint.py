@@ -1,7 +1,7 @@
-"""Reading of published FrozenBiLM and DAM checkpoints: ``{"model": state_dict}`` files made by ``torch.save``.
+"""Reading of published FrozenBiLM and DAM checkpoints, ``torch.save`` files with ``{"model": state_dict}``.
 
-Adapters stand inside the language model there and beside it here, so a file is split into the backbone's own tensors,
-whose names stay, and the tensors of one adapter set under the names of the layers that they follow.
+Adapters stand inside the language model there and beside it here, so a file is split into the backbone's own
+tensors, whose names stay, and the tensors of one adapter set under the names of the layers that they follow.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fulgurite.backbones.base import StateDict
 from fulgurite.checkpoints.errors import MismatchError, RefusedError
-
-StateDict = dict[str, Tensor]
 
 _ADAPTER = re.compile(
     r"(deberta\.encoder\.layer\.\d+\.(?:attention\.)?output)\.adapter\.((?:down|up)\.(?:weight|bias))"
@@ -35,14 +34,15 @@ class ImportedWeights:
     """Content of one published checkpoint.
 
     Args:
-        backbone: tensors under the backbone's parameter names, the video projection included. A file of a fine-tuned
-            model holds only what was trained.
-        adapters: site name -> ``down.weight (R, D)``, ``down.bias (R,)``, ``up.weight (D, R)``, ``up.bias (D,)``.
+        backbone: tensors under the backbone's parameter names, the video projection included. A file of a
+            fine-tuned model holds only what was trained.
+        adapters: site name -> ``down.weight (R, D)``, ``down.bias (R,)``, ``up.weight (D, R)``, ``up.bias
+            (D,)``.
         ignored: names in the file that are not read, such as the embeddings of its own answers.
     """
 
     backbone: StateDict
-    adapters: dict[str, dict[str, Tensor]]
+    adapters: dict[str, StateDict]
     ignored: tuple[str, ...] = ()
 
 
@@ -58,7 +58,7 @@ def read_frozenbilm(path: str | Path) -> ImportedWeights:
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
         raise MismatchError(f"{path} is not a FrozenBiLM checkpoint: expected {{'model': names and tensors}}")
     backbone: StateDict = {}
-    adapters: dict[str, dict[str, Tensor]] = {}
+    adapters: dict[str, StateDict] = {}
     ignored = []
     for name, tensor in model.items():
         if match := _ADAPTER.fullmatch(name):

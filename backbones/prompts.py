@@ -1,7 +1,7 @@
 """What FrozenBiLM reads of a sample: the mask-prompted question and at most ten frame features.
 
-Source: Yang et al., "Zero-Shot Video Question Answering via Frozen Bidirectional Language Models", and the released
-code of DAM, which uses the same prompts.
+Source: Yang et al., "Zero-Shot Video Question Answering via Frozen Bidirectional Language Models", and the
+released code of DAM, which uses the same prompts.
 
 Legend: B batch, N frames of a video, V video tokens, T text tokens, D feature width.
 """
@@ -23,8 +23,8 @@ BLANK = "_____"
 def mask_prompt(question: str, mask: str, suffix: str = ".", speech: str | None = None) -> str:
     """The question with ``mask`` where the answer goes.
 
-    ``Question: What is this? Answer: [MASK]. Subtitles: hello there``; a sentence with `BLANK` in it is filled in
-    place and takes no suffix. Everything after the first letter of the question becomes lower case.
+    ``Question: What is this? Answer: [MASK]. Subtitles: hello there``; a sentence with `BLANK` in it is
+    filled in place and takes no suffix. Everything after the first letter of the question becomes lower case.
     """
     question = question.capitalize().strip()
     if BLANK in question:
@@ -37,7 +37,8 @@ def mask_prompt(question: str, mask: str, suffix: str = ".", speech: str | None 
 
 
 def video_tokens(features: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Sample or pad frame features (N, D) to (``limit``, D) float32, with a bool mask (``limit``,) of the real ones.
+    """Sample or pad frame features (N, D) to (``limit``, D) float32, with a bool mask (``limit``,) of the
+    real ones.
 
     A missing video, N = 0, is one zero vector that counts as real.
     """
@@ -53,8 +54,8 @@ class FrozenBiLMCollator:
 
     Args:
         tokenizer: Hugging Face tokenizer with a mask token.
-        features: name in `Sample.features`; None makes batches without video. A sample whose video is missing has
-            an empty (0, ``feature_dim``) tensor there.
+        features: name in `Sample.features`; None makes batches without video. A sample whose video is missing
+            has an empty (0, ``feature_dim``) tensor there.
         feature_dim: width that the features must have.
         max_frames: video tokens per sample.
         max_tokens: the text is cut on the right after so many tokens, special ones included.
@@ -85,8 +86,9 @@ class FrozenBiLMCollator:
         """The batch of ``samples``, padded to its longest text.
 
         Returns:
-            The keys of `sample_fields`; ``input_ids`` and ``attention_mask`` (B, T); ``mask_position`` (B,), an index
-            into the text; with features also ``video`` (B, V, D) float32 and ``video_mask`` (B, V) bool.
+            The keys of `sample_fields`; ``input_ids`` and ``attention_mask`` (B, T); ``mask_position`` (B,),
+            an index into the text; with features also ``video`` (B, V, D) float32 and ``video_mask`` (B, V)
+            bool.
 
         Raises:
             DataError: the features are absent or of another width, or a text does not hold exactly one mask.
@@ -121,12 +123,12 @@ class FrozenBiLMCollator:
         for sample, count in zip(samples, is_mask.sum(1).tolist()):
             if count != 1:
                 raise DataError(
-                    f"the prompt of sample {sample.id!r} holds {count} tokens {self.tokenizer.mask_token!r} among its "
-                    f"first {self.max_tokens}, expected 1. Shorten the question or raise "
+                    f"the prompt of sample {sample.id!r} holds {count} {self.tokenizer.mask_token!r} among "
+                    f"its first {self.max_tokens} tokens, expected 1. Shorten the question or raise "
                     f"backbone.init_args.max_tokens; question and speech must not hold the mask token itself."
                 )
         if not self.suffix and not self.use_speech:
-            # Without any text after the mask the published code hides the end token, so that the mask is the last.
+            # The published code hides the end token where no text follows the mask.
             mask = mask.masked_fill(ids == self.tokenizer.sep_token_id, 0)
         return {"input_ids": ids, "attention_mask": mask, "mask_position": is_mask.int().argmax(1)}
 
@@ -139,7 +141,7 @@ class FrozenBiLMCollator:
         frames = sample.features[self.features]
         if frames.ndim != 2 or frames.shape[1] != self.feature_dim:
             raise DataError(
-                f"features {self.features!r} of sample {sample.id!r} have shape {tuple(frames.shape)}, expected "
-                f"(frames, {self.feature_dim}); see backbone.init_args.feature_dim"
+                f"features {self.features!r} of sample {sample.id!r} have shape {tuple(frames.shape)}, "
+                f"expected (frames, {self.feature_dim}); see backbone.init_args.feature_dim"
             )
         return frames

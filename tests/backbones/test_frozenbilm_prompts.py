@@ -132,8 +132,8 @@ def test_text_is_cut_on_the_right(tokenizer):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (sample("x", "what " * 40), "'x' holds 0 tokens"),
-        (sample("x", speech="hello [MASK]"), "'x' holds 2 tokens"),
+        (sample("x", "what " * 40), "'x' holds 0 '\[MASK\]'"),
+        (sample("x", speech="hello [MASK]"), "'x' holds 2 '\[MASK\]'"),
         (Sample("x", "d", question="what", features={"vit": torch.zeros(1, 2)}), r"\['vit'\], not 'clip'"),
         (
             Sample("x", "d", question="what", features={"clip": torch.zeros(3, 5)}),
