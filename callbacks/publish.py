@@ -1,0 +1,129 @@
+"""When checkpoints are written, and who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from fulgurite.callbacks.checkpoint_io import METRICS_KEY
+from fulgurite.checkpoints import remove_leftovers
+from fulgurite.checkpoints.runs import CHECKPOINTS
+
+PublishedHook = Callable[[pl.Trainer, pl.LightningModule, Path], None]
+
+
+class PublishedCheckpoint(ModelCheckpoint):
+    """`ModelCheckpoint` for checkpoint folders: ``<run>/checkpoints/epoch=..-step=..`` and ``last``.
+
+    When: as Lightning's, with one change. A step checkpoint that falls on the last batch of an epoch is
+    written at the end of that epoch instead, after validation, since a run resumed from it would skip that
+    validation.
+
+    Once a folder is complete, ``on_checkpoint_published(trainer, pl_module, path)`` of every callback that
+    has it, and every hook given to `subscribe`, is called on all ranks, once per step (``last`` repeats the
+    step of the folder before it). The current metrics go into the manifest. At the start of a fit rank 0
+    clears what a crashed run left half-written. Arguments not listed mean the same as Lightning's.
+
+    Args:
+        dirpath: ``<default_root_dir>/checkpoints`` unless given; the command line makes that the run folder.
+        save_last: keep a folder ``last`` that repeats the newest one.
+        save_top_k: how many to keep by ``monitor``; without one, 1 keeps the newest and -1 all.
+    """
+
+    FILE_EXTENSION = ""
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        verbose: bool = False,
+        save_last: bool = True,
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename=filename,
+            monitor=monitor,
+            mode=mode,
+            verbose=verbose,
+            save_last=save_last,
+            save_top_k=save_top_k,
+            save_on_exception=save_on_exception,
+            save_weights_only=save_weights_only,
+            auto_insert_metric_name=auto_insert_metric_name,
+            every_n_train_steps=every_n_train_steps,
+            train_time_interval=train_time_interval,
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=save_on_train_epoch_end,
+            # A run that repeats a step after a crash replaces that step's folder by an equal one.
+            enable_version_counter=False,
+        )
+        self._hooks: list[PublishedHook] = []
+        self._published_step: int | None = None
+        self._due = False
+
+    def subscribe(self, hook: PublishedHook) -> None:
+        """Call ``hook(trainer, pl_module, path)`` on every rank whenever a new step has been published."""
+        self._hooks.append(hook)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Fix the folder, equal on all ranks, and clear what a crash left in it."""
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir, CHECKPOINTS).absolute())
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            remove_leftovers(self.dirpath)
+        trainer.strategy.barrier("published checkpoints")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if a step checkpoint is due, or put it off to the end of the epoch."""
+        if trainer.is_last_batch:
+            every = self._every_n_train_steps
+            self._due = every >= 1 and trainer.global_step % every == 0
+        else:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what is due at the end of an epoch, by epochs or put off by `on_train_batch_end`."""
+        super().on_train_epoch_end(trainer, pl_module)
+        due, self._due = self._due, False
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Hand the current metrics to the manifest."""
+        checkpoint[METRICS_KEY] = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if isinstance(value, Tensor) and value.numel() == 1
+        }
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self._published_step == trainer.global_step:
+            return
+        self._published_step = trainer.global_step
+        listeners = (getattr(callback, "on_checkpoint_published", None) for callback in trainer.callbacks)
+        for hook in [*filter(None, listeners), *self._hooks]:
+            hook(trainer, trainer.lightning_module, Path(filepath))

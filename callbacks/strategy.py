@@ -1,0 +1,161 @@
+"""FSDP2 and tensor parallelism with the same checkpoints as every other strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from lightning.pytorch import strategies
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.checkpoints import MismatchError
+
+
+class ModelParallelStrategy(strategies.ModelParallelStrategy):
+    """Lightning's strategy of this name, writing one verified folder that any strategy and number of ranks
+    can load.
+
+    Every rank takes part in gathering what the module's ``state_dict()`` holds (with a frozen backbone: the
+    small trained part) and the optimizer's state; rank 0 keeps the values and writes. On loading every rank
+    reads the folder and keeps its own slices, without communication. Extra memory on rank 0 while saving: the
+    gathered state.
+
+    Args:
+        data_parallel_size: ranks that share the parameters and split the data; ``"auto"`` is all of them
+            divided by ``tensor_parallel_size``.
+        tensor_parallel_size: ranks that split single layers; the module's ``configure_model`` must do it.
+        process_group_backend: ``"nccl"`` on GPUs and ``"gloo"`` on CPUs unless given.
+        timeout: after which a collective that not all ranks have joined fails.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
+        process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, False, process_group_backend, timeout)
+
+    def setup_environment(self) -> None:
+        """Fix the size of the data-parallel group once the number of ranks is known."""
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
+        super().setup_environment()
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """`DigestCheckpointIO` unless the trainer was given another plugin."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = DigestCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning hands the optimizer states over after the module has seen the checkpoint."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state with whole tensors, on the CPU of rank 0; on other ranks it is gathered and dropped."""
+        reshard(self.lightning_module)
+        return gather(self.lightning_module.state_dict(), keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of ``optimizer`` with whole tensors, by index of parameter as without sharding."""
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer._optimizer
+        return gather(optimizer.state_dict(), keep=self.is_global_zero)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Write the folder on rank 0; all ranks must call it, with the path of rank 0."""
+        path = self.broadcast(filepath)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str,
+        Any]: """The whole checkpoint, on every rank; tensors are mapped from the file, not copied."""
+        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Give every rank its slices of ``checkpoint["state_dict"]``; strictness as in torch."""
+        module = self.lightning_module
+        reshard(module)
+        targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        state = checkpoint["state_dict"].copy()
+        for name, value in state.items():
+            state[name] = distribute(value, targets.get(name), name)
+        module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give every rank its slices of the optimizer states."""
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                index: {
+                    key: distribute(value, parameters[index], f"optimizer state {index}/{key}")
+                    if isinstance(value, Tensor) and value.dim() > 0
+                    else value
+                    for key, value in entry.items()
+                }
+                for index, entry in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def reshard(module: nn.Module) -> None:
+    """Put every FSDP2 unit back to slices; after a validation some still hold whole parameters."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@torch.no_grad()
+def gather(value: Any, keep: bool) -> Any:
+    """``value`` with every sharded tensor made whole, copied to the CPU where ``keep``, else emptied.
+
+    A collective: all ranks must call it with values of the same form.
+    """
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if keep else whole.new_empty(0)
+    if isinstance(value, dict):
+        gathered = value.copy()
+        gathered.update({key: gather(item, keep) for key, item in value.items()})
+        return gathered
+    if isinstance(value, (list, tuple)):
+        return type(value)(gather(item, keep) for item in value)
+    return value
+
+
+@torch.no_grad()
+def distribute(value: Any, target: Tensor | None, name: str) -> Any:
+    """``value`` cut as ``target`` is, or as it is where ``target`` is whole. No communication: every rank has
+    ``value``.
+
+    Raises `MismatchError` if the shapes differ.
+    """
+    if not isinstance(target, DTensor):
+        return value
+    if value.shape != target.shape:
+        raise MismatchError(
+            f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in this run; "
+            f"load it with the settings that it was saved with"
+        )
+    local = value.to(target.device_mesh.device_type)
+    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)

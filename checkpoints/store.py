@@ -1,0 +1,227 @@
+"""A checkpoint folder: tensor files and documents under one manifest, written all at once, verified when
+read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fulgurite.checkpoints.atomic import fault, naming, publish_folder, resolve
+from fulgurite.checkpoints.digest import DEFAULT, digest_of_bytes
+from fulgurite.checkpoints.errors import CheckpointError, DamagedError, MissingError, RefusedError
+from fulgurite.checkpoints.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Kind,
+    Manifest,
+    is_inside,
+    read_manifest,
+    write_manifest,
+)
+from fulgurite.checkpoints.tensorfile import check_file, check_size, read_tensors, write_tensors
+from fulgurite.checkpoints.treejson import join, split
+
+_SUFFIX = ".safetensors"
+
+
+def save_checkpoint_folder(
+    path: str | Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Any] | None = None,
+    *,
+    kind: Kind = "self-contained",
+    base: Mapping[str, str] | None = None,
+    structure: Mapping[str, Any] | None = None,
+    parents: Iterable[Mapping[str, str]] = (),
+    settings: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    algorithm: str = DEFAULT,
+) -> Manifest:
+    """Publish a checkpoint folder at ``path``; whatever was there is replaced once the new one is complete.
+
+    Args:
+        path: the folder. Parent folders are made.
+        tensors: file stem to state dict; ``"weights"`` becomes ``weights.safetensors``.
+        documents: name to value. ``"state"`` becomes ``state.json`` (numbers, strings, lists, tuples, dicts,
+            None); its tensors, if any, go to ``state.safetensors``. A name with a suffix, such as
+            ``"README.md"``, takes a string and is written as it is.
+        kind, base, structure, parents, settings, metrics, facts: see `Manifest`.
+        algorithm: of the digests; ``"sha256"`` where an adversary is thought of.
+
+    Raises:
+        RefusedError: a value that cannot be stored; nothing is written.
+        WriteError: the operating system refused; the old content of ``path`` is untouched.
+    """
+    manifest = Manifest(
+        kind=kind,
+        base=None if base is None else dict(base),
+        structure=dict(structure or {}),
+        parents=[dict(parent) for parent in parents],
+        settings=dict(settings or {}),
+        metrics=dict(metrics or {}),
+        facts=dict(facts or {}),
+    )
+    manifest.check()
+    states, texts = dict(tensors), {}
+    for name, value in (documents or {}).items():
+        texts[_document_name(name)], inside = _encode(name, value)
+        stem = Path(name).stem
+        if inside and stem in states:
+            raise RefusedError(f"the tensors of document {name!r} would replace those of {stem}{_SUFFIX}")
+        if inside:
+            states[stem] = inside
+    with publish_folder(path) as folder:
+        for stem, state in states.items():
+            name = _checked(stem + _SUFFIX)
+            manifest.files[name], manifest.tensors[name] = write_tensors(folder / name, state, algorithm)
+        for name, data in texts.items():
+            manifest.files[name] = FileRecord(len(data), digest_of_bytes(data, algorithm))
+            with naming(folder / name):
+                (folder / name).write_bytes(data)
+        fault("before_manifest")
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def load_tensors(
+    path: str | Path, file: str = "weights", names: Iterable[str] | None = None, verify: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of ``<file>.safetensors`` in the checkpoint ``path``, mapped into memory.
+
+    Args:
+        path: a checkpoint folder.
+        file: stem of the tensor file.
+        names: only these; then only their digests are checked, and memory and time are theirs alone.
+        verify: compare with the digests of the manifest first.
+
+    Raises:
+        MissingError: no such checkpoint, file or tensor.
+        DamagedError: changed, missing or extra bytes, naming file and tensor.
+    """
+    folder, manifest = resolve(path), read_manifest(path)
+    name = file.removesuffix(_SUFFIX) + _SUFFIX
+    record = _record(Path(path), manifest, name)
+    check_size(folder / name, record)
+    if verify and names is None:
+        _check_whole(folder, manifest, name)
+        verify = False
+    return read_tensors(folder / name, manifest.tensors[name], names, verify)
+
+
+def load_document(path: str | Path, name: str) -> Any:
+    """The document ``name`` of the checkpoint ``path``, as it was saved. Always verified; errors as
+    `load_tensors`.
+    """
+    folder, manifest = resolve(path), read_manifest(path)
+    name = _document_name(name)
+    check_file(folder / name, _record(Path(path), manifest, name))
+    text = (folder / name).read_text(encoding="utf-8")
+    if not name.endswith(".json"):
+        return text
+    beside = Path(name).stem + _SUFFIX
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{folder / name} is no JSON: {error}") from error
+    return join(value, load_tensors(path, beside) if beside in manifest.files else {})
+
+
+@dataclass
+class Report:
+    """Result of `verify`.
+
+    Args:
+        path: the checkpoint.
+        manifest: None if it could not be read.
+        checked: names of the files found good.
+        problems: one text per damaged file or tensor; empty for a good checkpoint.
+        extra: files in the folder that the manifest does not list; they are never read.
+    """
+
+    path: Path
+    manifest: Manifest | None = None
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every byte is as it was written."""
+        return not self.problems
+
+
+def verify(path: str | Path) -> Report:
+    """Check every byte of the checkpoint ``path`` and report all damage, by file and tensor. Never raises
+    for it.
+    """
+    report, folder = Report(Path(path)), resolve(path)
+    try:
+        report.manifest = manifest = read_manifest(path)
+    except CheckpointError as error:
+        report.problems.append(str(error))
+        return report
+    for name, record in manifest.files.items():
+        try:
+            check_file(folder / name, record)
+            if name in manifest.tensors:
+                read_tensors(folder / name, manifest.tensors[name], verify=False)
+            report.checked.append(name)
+        except CheckpointError as error:
+            report.problems += _damaged_tensors(folder / name, manifest, name) or [str(error)]
+    known = {MANIFEST_NAME, *manifest.files}
+    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
+    report.extra = sorted(set(found) - known)
+    return report
+
+
+def _check_whole(folder: Path, manifest: Manifest, name: str) -> None:
+    """One pass over a tensor file; a second one, to name the tensor, only if it is damaged."""
+    try:
+        check_file(folder / name, manifest.files[name])
+    except DamagedError as error:
+        raise DamagedError((_damaged_tensors(folder / name, manifest, name) or [str(error)])[0]) from error
+
+
+def _damaged_tensors(file: Path, manifest: Manifest, name: str) -> list[str]:
+    """A text per damaged tensor of a damaged file; empty if the damage is elsewhere in it."""
+    problems: dict[str, None] = {}
+    for tensor in manifest.tensors.get(name, {}):
+        try:
+            read_tensors(file, manifest.tensors[name], [tensor])
+        except CheckpointError as error:
+            problems[str(error)] = None
+    return list(problems)
+
+
+def _record(path: Path, manifest: Manifest, name: str) -> FileRecord:
+    if name not in manifest.files:
+        raise MissingError(
+            f"{path} has no {name}; it holds {', '.join(sorted(manifest.files)) or 'no files'}."
+        )
+    return manifest.files[name]
+
+
+def _encode(name: str, value: Any) -> tuple[bytes, dict[str, Tensor]]:
+    if _document_name(name).endswith(".json"):
+        encoded, tensors = split(value, Path(name).stem)
+        return json.dumps(encoded, ensure_ascii=False, allow_nan=False).encode() + b"\n", tensors
+    if not isinstance(value, str):
+        raise RefusedError(f"document {name!r} is a {type(value).__name__}; only .json documents take values")
+    return value.encode(), {}
+
+
+def _document_name(name: str) -> str:
+    return _checked(name if Path(name).suffix else name + ".json")
+
+
+def _checked(name: str) -> str:
+    if "/" in name or not is_inside(name):
+        raise RefusedError(f"file name {name!r} is not a plain name inside the checkpoint folder")
+    return name

@@ -1,0 +1,234 @@
+"""Tensor files in the safetensors format, written in one pass that also takes the digests.
+
+Any reader of safetensors can open them. Types that the format lacks (complex128 and rare ones) are stored as
+bytes; their type is in the manifest. Tied tensors are written once per name. Extra memory when writing: one
+tensor, and only if it is a view or on another device.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fulgurite.checkpoints.atomic import fault, naming
+from fulgurite.checkpoints.digest import (
+    DEFAULT,
+    Digest,
+    algorithm_of,
+    digest_of_bytes,
+    digest_of_tensor,
+    tensor_bytes,
+)
+from fulgurite.checkpoints.errors import DamagedError, MissingError, RefusedError
+
+_CODES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and digest of one file."""
+
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Type (torch's name without prefix), shape, and digest of the row-major elements of one tensor."""
+
+    dtype: str
+    shape: list[int]
+    digest: str
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], algorithm: str = DEFAULT
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    """Write ``tensors`` to ``path`` (not atomic by itself: use it in `publish_folder`).
+
+    Returns:
+        the record of the file, and of each tensor in the order of ``tensors``.
+
+    Raises:
+        RefusedError: a tensor or a name that cannot be stored.
+        WriteError: the operating system refused.
+    """
+    for name, tensor in tensors.items():
+        check_storable(name, tensor)
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header = _header(tensors, order)
+    whole, size, digests = Digest(algorithm), 0, {}
+    with naming(path), open(path, "xb") as file:
+        for piece in (len(header).to_bytes(8, "little"), header):
+            file.write(piece)
+            whole.update(piece)
+            size += len(piece)
+        for name in order:
+            data, single = tensor_bytes(tensors[name]), Digest(algorithm)
+            for start in range(0, len(data), _CHUNK):
+                piece = data[start : start + _CHUNK]
+                single.update(piece)
+                whole.update(piece)
+                file.write(piece)
+            fault("tensor_written")
+            size += len(data)
+            digests[name] = str(single)
+    records = {
+        name: TensorRecord(dtype_name(tensor.dtype), list(tensor.shape), digests[name])
+        for name, tensor in tensors.items()
+    }
+    return FileRecord(size, str(whole)), records
+
+
+def read_tensors(
+    path: Path, records: Mapping[str, TensorRecord], names: Iterable[str] | None = None, verify: bool = True
+) -> dict[str, Tensor]:
+    """Map the tensors of ``path`` into memory, in the order of ``records``; copy-on-write, so the file never
+    changes.
+
+    With ``verify`` the digest of each tensor returned is checked first. Raises `MissingError` for a name that
+    is not recorded, and `DamagedError` naming file and tensor.
+    """
+    wanted = list(records) if names is None else list(names)
+    if missing := [name for name in wanted if name not in records]:
+        raise MissingError(
+            f"{path} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing)"
+        )
+    result = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            if stray := set(file.keys()) ^ set(records):
+                raise DamagedError(
+                    f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest"
+                )
+            for name in wanted:
+                result[name] = _restore(file.get_tensor(name), records[name], path, name)
+    except (SafetensorError, OSError) as error:
+        raise DamagedError(f"{path} is damaged: {error}") from error
+    if verify:
+        for name, tensor in result.items():
+            check_tensor(path, name, tensor, records[name])
+    return result
+
+
+def check_tensor(path: Path, name: str, tensor: Tensor, record: TensorRecord) -> None:
+    """Raise `DamagedError` unless the elements of ``tensor`` have the recorded digest."""
+    found = digest_of_tensor(tensor, algorithm_of(record.digest))
+    if found != record.digest:
+        raise DamagedError(
+            f"{path} is damaged: tensor {name!r} has digest {found}, expected {record.digest}. "
+            f"Take another checkpoint of the run."
+        )
+
+
+def check_file(path: Path, record: FileRecord) -> None:
+    """Raise `MissingError` or `DamagedError` unless ``path`` is a plain file with the recorded size and
+    digest.
+    """
+    check_size(path, record)
+    with open(path, "rb") as file:
+        if record.bytes == 0:
+            found = digest_of_bytes(b"", algorithm_of(record.digest))
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
+                found = digest_of_bytes(view, algorithm_of(record.digest))
+    if found != record.digest:
+        raise DamagedError(
+            f"{path} is damaged: digest {found}, expected {record.digest}. Take another checkpoint of the "
+            "run."
+        )
+
+
+def check_size(path: Path, record: FileRecord) -> None:
+    """Raise unless ``path`` is a plain file (no link) of the recorded size."""
+    if path.is_symlink() or not path.is_file():
+        what = "is a link" if path.is_symlink() else "is missing"
+        raise MissingError(
+            f"{path} {what}, but the manifest lists it as a file. Take another checkpoint of the run."
+        )
+    if (size := path.stat().st_size) != record.bytes:
+        raise DamagedError(
+            f"{path} is damaged: {size} bytes, expected {record.bytes}. Take another checkpoint of the run."
+        )
+
+
+def check_storable(name: str, tensor: object) -> None:
+    """Raise `RefusedError` unless ``tensor`` is a dense tensor with values, under a name that the format
+    allows.
+    """
+    problem = None
+    if not isinstance(tensor, Tensor):
+        problem = f"is a {type(tensor).__name__}, not a tensor"
+    elif hasattr(tensor, "full_tensor"):
+        problem = "is sharded over ranks; gather it with full_tensor() first"
+    elif tensor.layout is not torch.strided or tensor.is_quantized:
+        problem = f"has layout {tensor.layout}, only dense tensors are stored"
+    elif tensor.device.type == "meta":
+        problem = "is on the meta device and has no values"
+    elif name == "__metadata__" or any("\ud800" <= letter <= "\udfff" for letter in name):
+        problem = "has a name that the file format does not allow"
+    if problem:
+        raise RefusedError(f"tensor {name!r} {problem}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` as ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Inverse of `dtype_name`; `DamagedError` if this torch has no such type."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DamagedError(f"type {name!r} of a stored tensor is not known to torch {torch.__version__}")
+    return dtype
+
+
+def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
+    entries, start = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        tensor = tensors[name]
+        count = tensor.numel() * tensor.element_size()
+        code = _CODES.get(tensor.dtype)
+        shape = list(tensor.shape) if code else [count]
+        entries[name] = {"dtype": code or "U8", "shape": shape, "data_offsets": [start, start + count]}
+        start += count
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def _restore(tensor: Tensor, record: TensorRecord, path: Path, name: str) -> Tensor:
+    dtype = dtype_of(record.dtype)
+    if dtype not in _CODES and tensor.dtype is torch.uint8:
+        tensor = tensor.clone().view(dtype).reshape(record.shape)
+    if tensor.dtype != dtype or list(tensor.shape) != record.shape:
+        raise DamagedError(
+            f"{path} is damaged: tensor {name!r} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
+            f"expected {record.dtype} {record.shape}. Take another checkpoint of the run."
+        )
+    return tensor
