@@ -26,9 +26,10 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 def bad_input_types() -> tuple[type[Exception], ...]:
     """The errors that a user mends in a config, a file or an option, so that a traceback would say nothing more."""
-    from fulgurite.samples import DataError
+    from fulgurite.checkpoints.errors import CheckpointError
+    from fulgurite.samples.errors import DataError
 
-    return ConfigError, DataError
+    return ConfigError, DataError, CheckpointError
 
 
 def message_of(error: BaseException) -> str:

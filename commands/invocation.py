@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulgurite.commands.errors import ConfigError
@@ -20,6 +20,7 @@ class Invocation:
         configs: the ``--config`` files, left to right.
         documents: their contents, one mapping each.
         allow: the prefixes of ``--allow``.
+        arguments: what the parser gets: all but ``--allow``, which no config can set.
     """
 
     command: str
@@ -27,24 +28,50 @@ class Invocation:
     configs: tuple[Path, ...]
     documents: tuple[dict, ...]
     allow: tuple[str, ...]
+    arguments: tuple[str, ...]
 
     @classmethod
-    def of(cls, command: str, argv: list[str]) -> Invocation:
+    def of(cls, command: str, argv: Sequence[str]) -> Invocation:
         """Read the arguments and every config file that they name. Raises ``ConfigError``."""
         configs = tuple(Path(value) for value in values_of(argv, "--config", "-c"))
         documents = tuple(load_file(path) for path in configs)
-        allow = [*values_of(argv, "--allow")]
-        return cls(command, tuple(argv), configs, documents, tuple(allow))
+        allow = tuple(values_of(argv, "--allow"))
+        return cls(command, tuple(argv), configs, documents, allow, tuple(without(argv, "--allow")))
 
-    @property
-    def arguments(self) -> list[str]:
-        """The arguments for the parser: all but ``--allow``, which a config must not be able to set."""
-        return without(self.typed, "--allow")
+    def on_top_of(self, stored: Path) -> Invocation:
+        """The same call with a run's config below everything else."""
+        configs, documents = (stored, *self.configs), (load_file(stored), *self.documents)
+        arguments = ("--config", str(stored), *self.arguments)
+        return replace(self, configs=configs, documents=documents, arguments=arguments)
 
-    @property
-    def words(self) -> str:
-        """All typed values, where short class names are looked for."""
-        return " ".join(self.typed)
+    def option(self, name: str) -> str | None:
+        """A top-level option as text: the command line's last value, else that of the last config that has it."""
+        typed = values_of(self.typed, f"--{name}")
+        if typed:
+            return None if typed[-1] in ("null", "") else typed[-1]
+        written = [document[name] for document in self.documents if name in document]
+        if not written or written[-1] is None:
+            return None
+        if not isinstance(written[-1], str):
+            raise ConfigError(f"{name}: expected text, got {str(written[-1])[:80]!r}")
+        return written[-1]
+
+    def source_of(self, key: str) -> str:
+        """Who set a dotted key: "command line", the name of the last config that has it, or "default"."""
+        flags = [argument.partition("=")[0].removesuffix("+") for argument in self.typed]
+        if any(
+            flag == f"--{key}" or f"--{key}".startswith(f"{flag}.") for flag in flags if flag.startswith("--")
+        ):
+            return "command line"
+        files = [path for path, document in zip(self.configs, self.documents) if _holds(document, key)]
+        return str(files[-1]) if files else "default"
+
+
+def _holds(document: object, key: str) -> bool:
+    head, _, rest = key.partition(".")
+    if not isinstance(document, dict) or head not in document:
+        return isinstance(document, dict) and key in document
+    return not rest or _holds(document[head], rest)
 
 
 def values_of(argv: Sequence[str], *flags: str) -> list[str]:

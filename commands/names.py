@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("methods", "metrics", "backbones", "datamodules", "modules", "callbacks", "samples", "reports")
-_WORD = re.compile(r"[A-Z][A-Za-z0-9_]*")
+_NAME = re.compile(r"(?<![\w.])[A-Z]\w*(?![\w.])")
 
 
 @cache
@@ -33,23 +33,29 @@ def class_table() -> dict[str, list[str]]:
     return table
 
 
-def words(value: object) -> Iterator[str]:
-    """Every capitalised word in the keys and strings of a nested value: what may be a short class name."""
+def scalars(value: object) -> Iterator[str]:
+    """Every string in a nested value, keys left out."""
     if isinstance(value, str):
-        yield from _WORD.findall(value)
+        yield value
     elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from words(key)
-            yield from words(item)
-    elif isinstance(value, (list, tuple)):
+        for item in value.values():
+            yield from scalars(item)
+    elif isinstance(value, list):
         for item in value:
-            yield from words(item)
+            yield from scalars(item)
 
 
-def import_named(values: Iterable[object]) -> list[str]:
-    """Import the modules of all classes of the table that ``values`` name; returns those modules' names."""
+def import_named(typed: Iterable[str], documents: Iterable[dict]) -> list[str]:
+    """Import the modules of the table's classes that are named; returns the modules' names.
+
+    Args:
+        typed: command line arguments; names are found anywhere in them, as in ``--model.kind={class_path: LoRA}``.
+        documents: contents of configs; a string counts if it is a class name and nothing else.
+    """
+    names = {name for argument in typed for name in _NAME.findall(argument)}
+    names.update(text for document in documents for text in scalars(document))
     table = class_table()
-    modules = {module for word in set(words(list(values))) for module in table.get(word, ())}
-    for module in sorted(modules):
+    modules = sorted({module for name in names for module in table.get(name, ())})
+    for module in modules:
         importlib.import_module(module)
-    return sorted(modules)
+    return modules

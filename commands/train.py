@@ -1,43 +1,27 @@
-"""fit, validate, test and predict: Lightning's command line with one parser per command and this project's options.
+"""fit, validate, test and predict: Lightning's command line, one parser per command, and this project's options.
 
-Order of precedence, lowest first: defaults of the signatures, the config stored in the run of the checkpoint (only
-when no ``--config`` is given), ``--config`` files from left to right, the rest of the command line.
+Order of precedence, lowest first: defaults of the signatures; the config stored in the run of the checkpoint, only
+when no ``--config`` is given; ``--config`` files from left to right; the rest of the command line.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from pathlib import Path
 
 import jsonargparse
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fulgurite import __version__
 from fulgurite.commands import yaml_loader
 from fulgurite.commands.errors import DONE, INTERRUPTED, TERMINATED, ConfigError
-from fulgurite.commands.explain import explain
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
+from fulgurite.commands.runs import experiment_folder, new_folder, plan_of
+from fulgurite.commands.train_cli import ALLOWED, PARSER_MODE, TrainCLI
 
-ALLOWED = ("fulgurite", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics", "lightning.pytorch")
-
-EPILOG = (
-    "Class paths may come from "
-    + ", ".join(ALLOWED)
-    + ". --allow PREFIX (only on the command line, repeatable) adds "
-    "a package or module; the working folder is then on the import path."
-)
-
-PARSER_MODE = "strict_yaml"
-
-METHOD_ARGUMENTS_SKIPPED = {
-    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
-    "validate": {"model", "dataloaders", "datamodule"},
-    "test": {"model", "dataloaders", "datamodule"},
-    "predict": {"model", "dataloaders", "datamodule", "return_predictions"},
-}
+FOLDER_VARIABLE = "FULGURITE_FOLDER"  # how the first process tells the processes that it starts
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -45,25 +29,38 @@ def run(command: str, argv: list[str]) -> int:
 
     Raises:
         ConfigError: the command line, a config or a constructor's argument is wrong.
+        DataError, CheckpointError: what the run reads is not as it must be.
     """
     invocation = Invocation.of(command, argv)
-    jsonargparse.set_loader(PARSER_MODE, yaml_loader.load_text, (ConfigError,))
+    plan = plan_of(invocation)
+    if plan.stored is not None:
+        invocation = invocation.on_top_of(plan.stored)
     allow_imports(invocation.allow)
-    import_named([invocation.words, *invocation.documents])
+    import_named(invocation.typed, invocation.documents)
+    folder = _folder(invocation, plan.run)
     try:
-        cli = TrainCLI(invocation)
+        cli = TrainCLI(invocation, plan, folder)
     except SystemExit as ended:  # --help and --print_config
         return int(ended.code or 0)
-    return execute(cli)
+    before = os.environ.get(FOLDER_VARIABLE)
+    os.environ[FOLDER_VARIABLE] = str(folder)
+    try:
+        return execute(cli)
+    finally:
+        if before is None:
+            del os.environ[FOLDER_VARIABLE]
+        else:
+            os.environ[FOLDER_VARIABLE] = before
 
 
 def allow_imports(extra: tuple[str, ...]) -> None:
     """Let class paths come from ``ALLOWED`` and ``extra`` only; anything else is refused before its import."""
     for prefix in extra:
         if not all(part.isidentifier() for part in prefix.split(".")):
-            raise ConfigError(
-                f"--allow {prefix[:80]!r}: expected a package or module, such as my_project.models"
-            )
+            raise ConfigError(f"--allow {prefix[:80]!r}: expected a package or module, as my_project.models")
+    if extra and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    jsonargparse.set_loader(PARSER_MODE, yaml_loader.load_text, (ConfigError,))
     jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *extra])
 
 
@@ -72,65 +69,23 @@ def execute(cli: TrainCLI) -> int:
     trainer = cli.trainer
     try:
         getattr(trainer, cli.invocation.command)(**cli.method_arguments())
-        if trainer.received_sigterm:
-            return TERMINATED
+        if not trainer.received_sigterm and cli.invocation.command == "fit" and cli.config.test_after_fit:
+            trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     except SIGTERMException:
         return TERMINATED
     except SystemExit as ended:
-        if trainer.interrupted and ended.code == 1:
+        if trainer.interrupted and ended.code == 1:  # what the Trainer makes of Ctrl-C
             return INTERRUPTED
         raise
-    return DONE
+    return TERMINATED if trainer.received_sigterm else DONE
 
 
-class TrainCLI(LightningCLI):
-    """LightningCLI for one command: parses, builds module, data and trainer, and leaves the running to ``execute``."""
-
-    def __init__(self, invocation: Invocation) -> None:
-        self.invocation = invocation
-        super().__init__(
-            LightningModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=42,
-            auto_configure_optimizers=False,
-            run=False,
-            parser_kwargs={
-                "parser_mode": PARSER_MODE,
-                "exit_on_error": False,
-                "prog": f"fulgurite {invocation.command}",
-                "description": getattr(Trainer, invocation.command).__doc__.strip().splitlines()[0],
-                "epilog": EPILOG,
-                "dump_header": [f"fulgurite {__version__}"],
-            },
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The Trainer method's own arguments (``ckpt_path``, ``weights_only``) and this project's options."""
-        skip = METHOD_ARGUMENTS_SKIPPED[self.invocation.command]
-        self.method_names = parser.add_method_arguments(Trainer, self.invocation.command, skip=skip)
-        parser.add_argument(
-            "--experiment", type=str | None, default=None, help="default: name of the first config"
-        )
-        parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
-        """Parse the invocation's arguments instead of ``sys.argv``, so that ``main(argv)`` works in process."""
-        try:
-            self.config = parser.parse_args(self.invocation.arguments)
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            raise explain(error, parser, self.invocation) from error
-
-    def instantiate_classes(self) -> None:
-        """Build data, module and trainer; what their constructors refuse is bad config."""
-        try:
-            super().instantiate_classes()
-        except (ValueError, LookupError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(f"{error}") from error
-
-    def method_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of the Trainer method."""
-        chosen = {name: self.config_init[name] for name in self.method_names}
-        return {**chosen, "model": self.model, "datamodule": self.datamodule}
+def _folder(invocation: Invocation, run: Path | None) -> Path:
+    """Where this command writes: the run, or ``evaluations/<command>-<time>`` of the run that it evaluates."""
+    if FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[FOLDER_VARIABLE])
+    if invocation.command == "fit":
+        if run is None and invocation.option("resume") == "auto":
+            rank_zero_info("--resume auto: nothing to continue, a new run starts")
+        return run or new_folder(experiment_folder(invocation))
+    return new_folder((run or experiment_folder(invocation)) / "evaluations", f"{invocation.command}-")

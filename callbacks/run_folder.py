@@ -1,0 +1,114 @@
+"""The folder that a command leaves behind: config, final metrics, predictions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from fulgurite.checkpoints.atomic import write_json, write_text
+
+
+class RunFolder(Callback):
+    """Writes ``config.yaml`` at set-up, ``metrics.json`` at the end, and ``predictions.jsonl`` after ``predict``.
+
+    Hooks: ``setup``, before any checkpoint can be written; the end of fit, validate, test and predict, after the
+    last checkpoint. Rank 0 decides the folder, hands it to the others, and is the only one that writes. Nothing is
+    stored in checkpoints; a resumed run writes the same files again. With ``fast_dev_run`` nothing is written.
+
+    Args:
+        path: the folder of this command: the run itself, or ``evaluations/<command>-<time>`` in it.
+        config: the complete config as YAML text.
+    """
+
+    def __init__(self, path: Path, config: str) -> None:
+        self.path = path
+        self.config = config
+        self.metrics: dict[str, float | None] = {}
+        self.predictions: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Agree on the folder and write the config into it."""
+        self.path = Path(trainer.strategy.broadcast(str(self.path)))
+        trainer._default_root_dir = str(self.path)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_text(self.path / "config.yaml", self.config)
+            rank_zero_info(f"run folder: {self.path}")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what trains."""
+        total = sum(parameter.numel() for parameter in pl_module.parameters())
+        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
+        rank_zero_info(f"{trained:,} of {total:,} parameters train ({trained / max(total, 1):.2%})")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the final metrics of the training."""
+        self._write_metrics(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics of ``validate``; the validation inside a fit is left to ``on_fit_end``."""
+        if trainer.state.fn == "validate":
+            self._write_metrics(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the metrics of ``test``, beside those of the fit that it followed."""
+        self._write_metrics(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the predictions of one batch, with their place in the data."""
+        if not isinstance(outputs, list) or not all(isinstance(row, dict) for row in outputs):
+            raise TypeError(
+                f"{type(pl_module).__name__}.predict_step returned {type(outputs).__name__}; "
+                "expected a list of dicts, one per question"
+            )
+        for position, row in enumerate(outputs):
+            self.predictions.append(((dataloader_idx, batch_idx, position, trainer.global_rank), plain(row)))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gather the rows of all ranks and write them in the order of the data.
+
+        Rank r of W holds the items r::W of every global batch, so sorting by (loader, batch, position, rank) gives
+        the order of the data back. All rows are held in memory once, on rank 0 twice.
+        """
+        rows, self.predictions = self.predictions, []
+        if trainer.world_size > 1:
+            parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+            dist.gather_object(rows, parts)
+            rows = [row for part in parts or [] for row in part]
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]
+            lines = (json.dumps(row, ensure_ascii=False) for row in ordered)
+            write_text(self.path / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
+            rank_zero_info(f"{len(ordered):,} predictions: {self.path / 'predictions.jsonl'}")
+
+    def _write_metrics(self, trainer: Trainer) -> None:
+        for name, value in trainer.callback_metrics.items():
+            number = float(value)
+            self.metrics[name] = number if math.isfinite(number) else None
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_json(self.path / "metrics.json", dict(sorted(self.metrics.items())))
+
+
+def plain(value: Any) -> Any:
+    """A value with its tensors as numbers and lists, so that it can be written as JSON."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().tolist()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

@@ -1,0 +1,129 @@
+"""Where a command reads and writes: which run, which checkpoint, which stored config.
+
+``<runs>/<experiment>/<time>/`` is a run; it holds ``config.yaml`` and ``checkpoints/<name>/manifest.json``. A folder
+without a manifest is not a checkpoint: it was never finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fulgurite.checkpoints.atomic import is_leftover
+from fulgurite.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from fulgurite.commands.errors import ConfigError
+from fulgurite.commands.invocation import Invocation
+
+LIGHTNING_WORDS = ("best", "last", "hparams", "registry")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the command starts from.
+
+    Attributes:
+        run: the run it belongs to, None for a new one.
+        checkpoint: the checkpoint folder it loads, None for fresh weights.
+        stored: the run's config, read below everything else; None where ``--config`` was given.
+    """
+
+    run: Path | None = None
+    checkpoint: Path | None = None
+    stored: Path | None = None
+
+
+def plan_of(invocation: Invocation) -> Plan:
+    """Decide what to continue or evaluate. Raises ``ConfigError`` where a named run or checkpoint is not there."""
+    named = invocation.option("ckpt_path")
+    if invocation.command == "fit":
+        run, checkpoint = _to_continue(invocation, named)
+    else:
+        run, checkpoint = (
+            None,
+            checkpoint_at(named, "--ckpt_path") if named not in (None, *LIGHTNING_WORDS) else None,
+        )
+    if run is None and checkpoint is not None:
+        run = run_of(checkpoint)
+    stored = None if run is None or invocation.configs else run / "config.yaml"
+    return Plan(run, checkpoint, stored if stored is not None and stored.is_file() else None)
+
+
+def _to_continue(invocation: Invocation, named: str | None) -> tuple[Path | None, Path | None]:
+    resume, chosen = invocation.option("resume") or "none", invocation.option("run")
+    run = Path(chosen) if chosen else None
+    if named and resume != "none":
+        raise ConfigError("--resume and --ckpt_path both name what to continue; give one of them")
+    if named and named not in LIGHTNING_WORDS:
+        return run, checkpoint_at(named, "--ckpt_path")
+    if resume not in ("auto", "none"):
+        return run, checkpoint_at(resume, "--resume")
+    if resume == "auto":
+        run = run or newest_run(experiment_folder(invocation))
+        return run, newest_checkpoint(run) if run is not None else None
+    if run is not None and (run / "config.yaml").exists():
+        raise ConfigError(
+            f"--run {run}: holds a run already; add --resume auto to continue it, or name another folder"
+        )
+    return run, None
+
+
+def experiment_of(invocation: Invocation) -> str:
+    """``--experiment``, or the name of the first config, or "unnamed"."""
+    name = invocation.option("experiment") or (
+        invocation.configs[0].stem if invocation.configs else "unnamed"
+    )
+    if name in (".", "..") or "/" in name:
+        raise ConfigError(f"--experiment {name[:80]!r}: expected a plain folder name")
+    return name
+
+
+def experiment_folder(invocation: Invocation) -> Path:
+    """The folder of all runs of this experiment."""
+    return Path(invocation.option("runs") or "runs") / experiment_of(invocation)
+
+
+def new_folder(parent: Path, prefix: str = "") -> Path:
+    """A name under ``parent`` made of the time, which nothing there has yet. Nothing is created."""
+    stamp = prefix + datetime.now().strftime("%Y%m%d-%H%M%S")
+    path, number = parent / stamp, 1
+    while path.exists():
+        number += 1
+        path = parent / f"{stamp}-{number}"
+    return path
+
+
+def newest_run(folder: Path) -> Path | None:
+    """The newest run of an experiment that has a finished checkpoint."""
+    runs = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    return next((run for run in runs if newest_checkpoint(run) is not None), None)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run that was written last. Raises ``CheckpointError`` where a manifest is damaged."""
+    folder = run / "checkpoints"
+    entries = folder.iterdir() if folder.is_dir() else ()
+    finished = [path for path in entries if not is_leftover(path) and (path / MANIFEST_NAME).is_file()]
+    return max(finished, key=lambda path: read_manifest(path).created, default=None)
+
+
+def checkpoint_at(named: str, option: str) -> Path:
+    """The checkpoint that a path names: a checkpoint folder, or the newest one of a run folder."""
+    path = Path(named)
+    if (path / MANIFEST_NAME).is_file():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        there = (
+            "has no manifest.json and no finished checkpoint in checkpoints/"
+            if path.is_dir()
+            else "does not exist"
+        )
+        raise ConfigError(f"{option} {named}: {there}; expected a checkpoint folder or a run folder")
+    return newest
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint or artefact lies in: the nearest parent with a ``config.yaml``."""
+    parents = checkpoint.resolve().parents[:3]
+    return next((parent for parent in parents if (parent / "config.yaml").is_file()), None)
