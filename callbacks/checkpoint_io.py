@@ -79,7 +79,7 @@ def manifest_fields(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _take_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a state dict, and what is needed to make it whole again: order, other values, module versions."""
+    """Tensors of a state dict, and what makes it whole again: order, other values, module versions."""
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     rest = {
         "order": None if len(tensors) == len(state) else list(state),

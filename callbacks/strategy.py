@@ -70,7 +70,7 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state with whole tensors, on the CPU of rank 0; on other ranks it is gathered and dropped."""
+        """The module's state with whole tensors, on the CPU of rank 0; the other ranks only take part."""
         reshard(self.lightning_module)
         return gather(self.lightning_module.state_dict(), keep=self.is_global_zero)
 
@@ -88,8 +88,10 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str,
-        Any]: """The whole checkpoint, on every rank; tensors are mapped from the file, not copied."""
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The whole checkpoint, on every rank; tensors are mapped from the file, not copied."""
         return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
