@@ -7,9 +7,7 @@ tensors, whose names stay, and the tensors of one adapter set under the names of
 from __future__ import annotations
 
 import argparse
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.backbones.base import StateDict
-from fulgurite.checkpoints.errors import MismatchError, RefusedError
+from fulgurite.checkpoints.errors import MismatchError
+from fulgurite.checkpoints.unpickle import load_pickle
 
 _ADAPTER = re.compile(
     r"(deberta\.encoder\.layer\.\d+\.(?:attention\.)?output)\.adapter\.((?:down|up)\.(?:weight|bias))"
@@ -50,10 +49,12 @@ def read_frozenbilm(path: str | Path) -> ImportedWeights:
     """Split the published checkpoint ``path`` by owner. Values and dtypes stay as they are.
 
     Raises:
-        RefusedError: the file is damaged, or cannot be read without running code from it.
+        CheckpointError: the file is absent, damaged, or asks for code to be run.
         MismatchError: it is not ``{"model": state_dict}``.
     """
-    content = _load(Path(path))
+    # The published files also hold the parsed command line, a plain record that runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = load_pickle(path)
     model = content.get("model") if isinstance(content, Mapping) else None
     if not isinstance(model, Mapping) or not all(isinstance(value, Tensor) for value in model.values()):
         raise MismatchError(f"{path} is not a FrozenBiLM checkpoint: expected {{'model': names and tensors}}")
@@ -68,16 +69,6 @@ def read_frozenbilm(path: str | Path) -> ImportedWeights:
         else:
             backbone[name] = tensor
     return ImportedWeights(backbone, adapters, tuple(ignored))
-
-
-def _load(path: Path) -> object:
-    # The published files also hold the parsed command line, a plain record that runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RefusedError(f"{path} cannot be read as plain tensors: {reason}") from error
 
 
 def adapter_mismatches(

@@ -1,5 +1,5 @@
-"""FrozenBiLM against a slow reference: one sample at a time, its own transformers encoder with the merged adapters
-put into the layers, and the mask decoder written out over positions from the paper's formula."""
+"""FrozenBiLM against a slow reference: one sample at a time, an own encoder with merged adapters in its
+layers, and the mask decoder written out over positions from the paper's formula."""
 
 import math
 from functools import partial
@@ -50,7 +50,9 @@ def build(**options):
 
 def build_bank(backbone, sets=SETS, random=True, dropout=0.0):
     placements = [
-        Placement(["attention_output", "feed_forward_output"], partial(Bottleneck, reduction=4, dropout=dropout)),
+        Placement(
+            ["attention_output", "feed_forward_output"], partial(Bottleneck, reduction=4, dropout=dropout)
+        ),
         Placement(["video_projection"], Replace),
     ]
     bank = AdapterBank(backbone, placements, sets)
@@ -64,7 +66,7 @@ def build_bank(backbone, sets=SETS, random=True, dropout=0.0):
 
 @pytest.fixture(scope="module")
 def model():
-    backbone = build()
+    backbone = build(routing_layer=-2)
     return backbone, build_bank(backbone)
 
 
@@ -117,11 +119,13 @@ def bucket(distance, buckets, longest):
 
 
 def slow_layer(layer, query, states, real, table, config):
-    """Disentangled attention from ``query`` to ``states`` (S, D), position by position, then the block's rest."""
+    """Disentangled attention from ``query`` to ``states`` (S, D) by position, then the rest of the block."""
     own, span = layer.attention.self, config.position_buckets
     heads, size = config.num_attention_heads, config.attention_head_size
-    q, k, v = (f(x).unflatten(-1, (heads, size)) for f, x in zip(
-        (own.query_proj, own.key_proj, own.value_proj), (query, states, states)))
+    q, k, v = (
+        f(x).unflatten(-1, (heads, size))
+        for f, x in zip((own.query_proj, own.key_proj, own.value_proj), (query, states, states))
+    )
     table_k, table_q = (f(table).unflatten(-1, (heads, size)) for f in (own.key_proj, own.query_proj))
     context = torch.zeros_like(v)
     keys = [j for j in range(len(states)) if real[j]]
@@ -274,13 +278,84 @@ def test_only_the_live_set_trains():
     backbone = build(train_dropout="official")
     bank = build_bank(backbone)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    batch, shares = batch_of(), torch.tensor([[0.0], [0.0], [1.0]])
     optimizer = torch.optim.Adam(bank.parameters_of("live"), lr=0.1)
-    F.cross_entropy(backbone(batch).logits, torch.tensor([0, 1, 2])).backward()
+    F.cross_entropy(backbone(batch_of()).logits, torch.tensor([0, 1, 2])).backward()
     optimizer.step()
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
     assert all(p.grad is not None and bool(p.grad.any()) for p in bank.parameters_of("live"))
     assert all(p.grad is None for name in SETS for p in bank.parameters_of(name))
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
-    with bank.use(shares, sets=["one"]), pytest.raises(ValueError, match="at least one"):
-        FrozenBiLM.set_answers(backbone, [])
+
+
+def test_dropout_only_in_training_and_only_where_asked():
+    batch = batch_of()
+    for option, same in (("official", False), ("off", True)):
+        backbone = build(train_dropout=option)
+        still = backbone(batch).logits
+        backbone.train()
+        torch.manual_seed(0)
+        assert torch.equal(backbone(batch).logits, still) == same
+        backbone.eval()
+        assert torch.equal(backbone(batch).logits, still)
+
+
+def test_answer_bias_is_zero_or_the_mean_over_the_tokens(model):
+    backbone = build(answer_bias="mean")
+    bias = backbone.lm_predictions["lm_head"].bias
+    expected = torch.stack([bias[3], bias[[4, 5]].mean(), bias[[6, 7, 8]].mean(), bias[9], bias[1:6].mean()])
+    torch.testing.assert_close(backbone.answer_offset, expected)
+    batch = batch_of()
+    zero = build()
+    torch.testing.assert_close(backbone(batch).logits - zero(batch).logits, expected.expand(3, 5))
+    with pytest.raises(ValueError, match=r"repeated: \['1'\]"):
+        zero.set_answers(["1", "2", "1"])
+    with pytest.raises(ValueError, match="non-empty"):
+        zero.set_answers([])
+
+
+def test_published_number_of_trained_parameters():
+    with torch.device("meta"):
+        backbone = FrozenBiLM(pretrained=False)
+        placements = [
+            Placement(["attention_output", "feed_forward_output"], Bottleneck),
+            Placement(["video_projection"], Replace),
+        ]
+        bank = AdapterBank(backbone, placements, ())
+    assert sum(p.numel() for p in bank.parameters_of("live")) == 29_575_680
+    norms = [
+        backbone.get_submodule(name)
+        for point in backbone.spec.points
+        if point.endswith("norm")
+        for name in backbone.spec.point_names(backbone, point)
+    ]
+    assert len(norms) == 52
+    assert sum(p.numel() for norm in norms for p in norm.parameters()) == 159_744
+
+
+def test_every_place_exists(model):
+    backbone, _ = model
+    assert len(backbone.spec.block_names(backbone, "text")) == 3
+    for point in backbone.spec.points:
+        assert backbone.spec.point_names(backbone, point)
+    assert isinstance(backbone.get_submodule(backbone.spec.head), nn.Module)
+
+
+def test_random_weights_repeat_and_leave_the_global_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = build()
+    assert torch.equal(torch.rand(1), expected)
+    assert first.fingerprint == build().fingerprint
+    assert first.fingerprint != build(init_seed=1).fingerprint
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="pass the 32 positions"):
+        FrozenBiLM(pretrained=False, config=CONFIG, max_frames=10, max_tokens=23)
+    with pytest.raises(ValueError, match="pretrained: false"):
+        FrozenBiLM(config=CONFIG)
+    with pytest.raises(ValueError, match="position_biased_input=false"):
+        FrozenBiLM(pretrained=False, config=CONFIG | {"position_biased_input": True}, max_tokens=8)
+    with pytest.raises(RuntimeError, match="set_answers"):
+        FrozenBiLM(pretrained=False, config=CONFIG, max_tokens=8)(batch_of())
