@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from fulgurite.samples.collator import Batch, Collator
 from fulgurite.samples.errors import DataError
+from fulgurite.samples.sample import Sample
 from fulgurite.samples.sampler import GlobalBatchSampler
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The text of a `DataError` on its way out of a worker, which would bury it in a traceback."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A collator whose `DataError` comes back as a value."""
+
+    collator: Collator
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch | Failure:
+        try:
+            return self.collator(samples)
+        except DataError as error:
+            return Failure(str(error))
 
 
 class ResumableLoader(DataLoader):
@@ -44,7 +66,7 @@ class ResumableLoader(DataLoader):
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
-            collate_fn=collate_fn,
+            collate_fn=None if collate_fn is None else Guarded(collate_fn),
             num_workers=num_workers,
             generator=torch.Generator(),
             multiprocessing_context=multiprocessing_context if num_workers else None,
@@ -56,6 +78,8 @@ class ResumableLoader(DataLoader):
         self.batch_sampler.skip = self.count
         self.generator.manual_seed(self.batch_sampler.seed * 7919 + self.batch_sampler.epoch)
         for batch in super().__iter__():
+            if isinstance(batch, Failure):
+                raise DataError(batch.text)
             self.count += 1
             yield batch
 

@@ -49,6 +49,11 @@ class GlobalBatchSampler:
         """Choose the order; Lightning calls it at the start of an epoch."""
         self.epoch = epoch
 
+    @property
+    def sampler(self) -> GlobalBatchSampler:
+        """Itself: the place where Lightning looks for `set_epoch`."""
+        return self
+
     def order(self) -> list[int]:
         """All indices in the order of this epoch, before they are shared out."""
         if not self.shuffle:

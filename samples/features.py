@@ -1,0 +1,287 @@
+"""Frame features on disk: computed once per encoder, rule and video file, read by mapping.
+
+A store is a folder with one folder per (encoder, frame rule, type), and in it shards, each a digested checkpoint folder
+written at once. What a crash leaves behind is whole shards, so an extraction goes on with the videos that miss.
+Videos are known by the digest of their content: a moved or renamed file keeps its features.
+
+Legend: F frames of a video, P tokens of a frame, D width.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fulgurite.checkpoints.atomic import is_leftover
+from fulgurite.checkpoints.digest import digest_of_file, digest_of_json
+from fulgurite.checkpoints.manifest import read_manifest
+from fulgurite.checkpoints.store import load_tensors, save_checkpoint_folder
+from fulgurite.samples.errors import DataError
+from fulgurite.samples.sampling import FrameSampling
+from fulgurite.samples.video import Video
+
+SHARD_BYTES = 32 << 20
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Encoder(Protocol):
+    """What turns frames into features; `fulgurite.backbones.frames.FrameEncoder` is one."""
+
+    name: str
+    transform: Callable[[Tensor], Tensor]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of weights and settings."""
+        ...
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, P, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class FeatureExtractor:
+    """What a module wants to be stored per video.
+
+    Args:
+        encoder: frames to tokens.
+        sampling: which frames.
+    """
+
+    encoder: Any
+    sampling: FrameSampling
+
+
+class StoredFeatures(Mapping[str, Tensor]):
+    """The ``features`` of a sample, read when asked for. Holds (reader, key) by encoder name."""
+
+    def __init__(self, places: Mapping[str, tuple[FeatureReader, str]]) -> None:
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        reader, key = self.places[name]
+        return reader[key]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class FeatureReader:
+    """Read access to the shards of one folder. Travels to workers without the data; each process maps anew.
+
+    Args:
+        folder: holds shards.
+        verify: check every shard's digest now.
+
+    Raises:
+        CheckpointError: a shard is damaged.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        self.shards: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[str, dict[str, Tensor]] = {}
+        self.refresh(verify)
+
+    def refresh(self, verify: bool = True) -> None:
+        """Take in shards written since."""
+        known = set(self.shards.values())
+        for shard in sorted(self.folder.glob("shard-*")) if self.folder.is_dir() else ():
+            if shard.name in known or is_leftover(shard):
+                continue
+            if verify:
+                load_tensors(shard, "features")
+            for key, record in read_manifest(shard).tensors["features.safetensors"].items():
+                self.shards[key] = shard.name
+                self.shapes[key] = tuple(record.shape)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The features stored under ``key``, (F, P, D) or (F, D), mapped: do not write to them."""
+        shard = self.shards[key]
+        if shard not in self._open:
+            self._open[shard] = load_tensors(self.folder / shard, "features", verify=False)
+        return self._open[shard][key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+
+class FeatureStore:
+    """Features by encoder and frame rule.
+
+    Args:
+        path: the folder; made when something is written.
+        dtype: of the stored numbers; readers give it back as it is.
+    """
+
+    def __init__(self, path: Path, dtype: Literal["float16", "float32"] = "float16") -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: choose one of {sorted(DTYPES)}")
+        self.path = Path(path)
+        self.dtype = dtype
+
+    def folder(self, encoder: Encoder, sampling: FrameSampling) -> Path:
+        """Where the features of ``encoder`` over ``sampling`` are."""
+        key = digest_of_json({**self.settings(encoder, sampling)}).partition(":")[2]
+        return self.path / f"{encoder.name}-{key[:16]}"
+
+    def settings(self, encoder: Encoder, sampling: FrameSampling) -> dict[str, str]:
+        """What features depend on besides the video."""
+        return {"encoder": encoder.fingerprint, "sampling": sampling.key, "dtype": self.dtype}
+
+    def reader(self, encoder: Encoder, sampling: FrameSampling) -> FeatureReader:
+        """The stored features, by `video_key`."""
+        return FeatureReader(self.folder(encoder, sampling))
+
+
+def video_key(video: Video) -> str:
+    """Digest of the file's content, remembered as long as the file does not change. Raises `DataError`."""
+    return _file_key(video.identity)
+
+
+@lru_cache(maxsize=1 << 17)
+def _file_key(identity: tuple[str, int, int]) -> str:
+    return digest_of_file(identity[0]).partition(":")[2]
+
+
+class _Decoding(Dataset):
+    """Transformed frames of videos; a video that fails comes back as the text of its error."""
+
+    def __init__(
+        self, videos: Sequence[tuple[str, Video]], sampling: FrameSampling, transform: Callable
+    ) -> None:
+        self.videos, self.sampling, self.transform = videos, sampling, transform
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        video = self.videos[index][1]
+        try:
+            return index, self.transform(video.frames(self.sampling.indices(video)))
+        except DataError as error:
+            return index, str(error)
+
+
+def extract_features(
+    videos: Sequence[Video],
+    encoder: Encoder,
+    sampling: FrameSampling,
+    store: FeatureStore,
+    num_workers: int = 0,
+    batch_frames: int = 48,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[Video, str]:
+    """Compute and store what is missing of ``videos``; the encoder runs here, decoding in workers.
+
+    Peak memory: ``batch_frames`` transformed frames, the videos that workers hold ready, and one shard (32 MiB).
+
+    Args:
+        videos: any order, repeats allowed; files of equal content are computed once.
+        encoder: in evaluation mode, on its device.
+        sampling: frames per video.
+        store: where to.
+        num_workers: decoding processes; 0 decodes here.
+        batch_frames: frames per forward pass.
+        progress: called with (videos done, videos to do).
+        rank: this process; it takes every ``world``-th video.
+        world: processes that extract together.
+
+    Returns:
+        The error of each video of this process that could not be read; the caller decides what that means.
+    """
+    failed: dict[Video, str] = {}
+    keyed: dict[str, Video] = {}
+    for video in dict.fromkeys(videos):
+        try:
+            keyed.setdefault(video_key(video), video)
+        except DataError as error:
+            failed[video] = str(error)
+    present = store.reader(encoder, sampling)
+    todo = [(key, keyed[key]) for key in sorted(keyed)[rank::world] if key not in present]
+    if not todo:
+        return failed
+    writer = _ShardWriter(store, encoder, sampling)
+    loader = DataLoader(
+        _Decoding(todo, sampling, encoder.transform),
+        batch_size=None,
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(0),
+    )
+    waiting: list[tuple[str, Tensor]] = []
+    for done, (index, frames) in enumerate(loader, start=1):
+        key, video = todo[index]
+        if isinstance(frames, str):
+            failed[video] = frames
+        else:
+            waiting.append((key, frames))
+        if sum(len(f) for _, f in waiting) >= batch_frames:
+            writer.add(_encode(encoder, waiting, batch_frames))
+            waiting = []
+        if progress is not None:
+            progress(done, len(todo))
+    writer.add(_encode(encoder, waiting, batch_frames))
+    writer.flush()
+    return failed
+
+
+@torch.inference_mode()
+def _encode(encoder: Encoder, waiting: Sequence[tuple[str, Tensor]], batch_frames: int) -> dict[str, Tensor]:
+    if not waiting:
+        return {}
+    device = next((p.device for p in encoder.parameters()), None) if hasattr(encoder, "parameters") else None
+    pixels = torch.cat([frames for _, frames in waiting])
+    tokens = torch.cat([encoder(part.to(device)).cpu() for part in pixels.split(batch_frames)])
+    return dict(zip((key for key, _ in waiting), tokens.split([len(frames) for _, frames in waiting])))
+
+
+class _ShardWriter:
+    def __init__(self, store: FeatureStore, encoder: Encoder, sampling: FrameSampling) -> None:
+        self.folder = store.folder(encoder, sampling)
+        self.settings = {**store.settings(encoder, sampling), "name": encoder.name}
+        self.dtype = DTYPES[store.dtype]
+        self.tensors: dict[str, Tensor] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            self.tensors[key] = tensor.to(self.dtype, copy=True)
+            if not torch.isfinite(self.tensors[key]).all():
+                raise DataError(
+                    f"features of video {key} are not finite in {self.dtype}; store them as float32"
+                )
+        if sum(t.nbytes for t in self.tensors.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.tensors:
+            write_shard(self.folder, self.tensors, self.settings)
+            self.tensors = {}
+
+
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Publish ``tensors`` as one more shard of ``folder``; several processes may do so at once."""
+    save_checkpoint_folder(folder / f"shard-{secrets.token_hex(6)}", {"features": tensors}, settings=settings)
