@@ -64,23 +64,23 @@ class Mixture:
     @classmethod
     def of(cls, weights: Tensor) -> Mixture:
         """Group the rows of ``weights`` (B, K). Waits for the device that holds them, once."""
-        table = weights.detach().to("cpu", torch.float64)
-        distinct, inverse = torch.unique(table, dim=0, return_inverse=True)
+        members: dict[tuple[float, ...], list[int]] = {}
+        for position, row in enumerate(weights.detach().double().tolist()):
+            members.setdefault(tuple(row), []).append(position)
         groups = []
-        for number, row in enumerate(distinct):
-            experts = row.abs().argsort(descending=True, stable=True)[: int(row.count_nonzero())].tolist()
-            groups.append(
-                Group(
-                    rows=_rows((inverse == number).nonzero().flatten(), weights.device),
-                    experts=tuple(experts),
-                    weights=tuple(row[experts].tolist()),
-                )
-            )
-        num_experts = table.shape[1]
-        used = range(num_experts) if weights.requires_grad else table.any(dim=0).nonzero().flatten().tolist()
-        # An all-zero table still needs one column to compute zeros with.
-        is_one_hot = not weights.requires_grad and all(group.weights == (1.0,) for group in groups)
-        return cls(weights, tuple(groups), tuple(used) or (0,), is_one_hot)
+        for row, positions in members.items():
+            weighed = [(weight, expert) for expert, weight in enumerate(row) if weight]
+            weighed.sort(key=lambda pair: -abs(pair[0]))
+            shares, experts = tuple(w for w, _ in weighed), tuple(e for _, e in weighed)
+            groups.append(Group(_rows(positions, weights.device), experts, shares))
+        needed = weights.requires_grad
+        used = sorted({expert for group in groups for expert in group.experts}) or [0]
+        return cls(
+            weights=weights,
+            groups=tuple(groups),
+            used=tuple(range(weights.shape[1]) if needed else used),
+            is_one_hot=not needed and all(group.weights == (1.0,) for group in groups),
+        )
 
     def average(self, vectors: Sequence[Tensor], like: Tensor) -> Tensor:
         """Each sample's average of K vectors (N,), shaped (B, 1, ..., N) to meet ``like`` (B, ..., N)."""
@@ -94,12 +94,12 @@ class Mixture:
         return cls.of(F.one_hot(index, num_experts).float())
 
 
-def _rows(positions: Tensor, device: torch.device) -> slice | Tensor:
+def _rows(positions: list[int], device: torch.device) -> slice | Tensor:
     """Rising ``positions`` as a slice where they are neighbours, else on ``device``."""
-    first, last = int(positions[0]), int(positions[-1])
+    first, last = positions[0], positions[-1]
     if last - first + 1 == len(positions):
         return slice(first, last + 1)
-    return positions.to(device)
+    return torch.tensor(positions, device=device)
 
 
 def mixed_linear(

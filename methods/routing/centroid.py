@@ -120,8 +120,8 @@ class CentroidRouter(Router):
         joined = torch.cat([part.double() for part in parts], dim=-1)
         if joined.shape[-1] != self.sums.shape[1]:
             raise ValueError(
-                f"features of width {joined.shape[-1]} (parts {[p.shape[-1] for p in parts]}) meet a router built "
-                f"for {self.sums.shape[1]}; call build(width, experts) with the width of the joined parts"
+                f"features with parts of width {[part.shape[-1] for part in parts]} meet a router built for "
+                f"{self.sums.shape[1]} in all; call build(width, experts) with the width of the joined parts"
             )
         return joined
 
