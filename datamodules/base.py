@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,20 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from fulgurite.samples import Collator, DataError, DataInfo, Sample, Stage, check_fields, check_picklable
+from fulgurite.checkpoints.atomic import write_text
+from fulgurite.datamodules.cache import fill_features
+from fulgurite.samples import (
+    Collator,
+    DataError,
+    DataInfo,
+    Sample,
+    Stage,
+    Video,
+    check_fields,
+    check_picklable,
+)
 from fulgurite.samples.dataset import SampleDataset
+from fulgurite.samples.features import FeatureExtractor
 from fulgurite.samples.loader import ResumableLoader
 from fulgurite.samples.sampler import GlobalBatchSampler
 
@@ -135,30 +148,33 @@ class FulguriteDataModule(LightningDataModule):
         self._collators = {stage: collator for stage in SPLITS_OF_STAGE}
 
     def setup(self, stage: str) -> None:
-        """Read the splits of ``stage``, ask the module for its collator, check that they fit."""
+        """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that all fit.
+
+        Raises:
+            DataError: a field that the module needs is not filled; unusable rows or videos where ``on_bad`` is
+                ``"error"``; an option of the trainer that would spoil the batches.
+        """
+        if self.trainer is None and stage not in self._collators:
+            raise DataError(f"{type(self).__name__}: no trainer and no collator; call attach(collator) first")
+        owner = "the attached collator"
         if self.trainer is not None:
             self._check_trainer()
             module = self.trainer.lightning_module
-            self._collators[stage] = module.collator(stage)
-            if stage == "fit":
-                self._collators["validate"] = module.collator("validate")
             owner = type(module).__name__
-        else:
-            owner = "the attached collator"
-        if stage not in self._collators:
-            raise DataError(
-                f"{type(self).__name__}: no trainer and no collator; call attach(collator) before setup"
-            )
+            stages = ("fit", "validate") if stage == "fit" else (stage,)
+            self._collators |= {name: module.collator(name) for name in stages}
         for split in SPLITS_OF_STAGE[stage]:
             collator = self._collator(split)
             check_picklable(collator)
-            samples = self.samples(split)
+            samples = self._usable(split, collator)
             if not samples and split == SPLITS_OF_STAGE[stage][0]:
                 raise DataError(
                     f"{type(self).__name__} has no samples in its split {split!r}, needed to {stage}"
                 )
             check_fields(samples, collator, type(self).__name__, owner)
+            self._splits[split] = samples
             self._log_counts(split, samples)
+        self._write_skipped()
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled by (seed, epoch)."""
@@ -200,6 +216,48 @@ class FulguriteDataModule(LightningDataModule):
             "collate_fn": self._collator(split),
             "num_workers": self.num_workers,
         }
+
+    def _usable(self, split: Split, collator: Collator) -> list[Sample]:
+        """The samples of ``split`` whose videos can be read, with stored features where there is a cache."""
+        samples = self.samples(split)
+        extractor = self._extractor()
+        if extractor is not None:
+            return fill_features(self, split, samples, extractor)
+        if any("video" in need for need in collator.needs):
+            return self.readable(split, samples, Video.check)
+        return samples
+
+    def readable(
+        self, split: Split, samples: Sequence[Sample], check: Callable[[Video], object]
+    ) -> list[Sample]:
+        """The samples whose video passes ``check``; the others are bad samples."""
+        errors: dict[Video, DataError | None] = {None: None}
+        kept = []
+        for sample in samples:
+            if sample.video not in errors:
+                try:
+                    check(sample.video)
+                    errors[sample.video] = None
+                except DataError as error:
+                    errors[sample.video] = error
+            error = errors[sample.video]
+            if error is None:
+                kept.append(sample)
+                continue
+            with self.skipping(split, sample.domain, f"{sample.video.path}, id {sample.id}"):
+                raise error
+        return kept
+
+    def _extractor(self) -> FeatureExtractor | None:
+        if self.feature_cache is None or self.trainer is None:
+            return None
+        ask = getattr(self.trainer.lightning_module, "feature_extractor", None)
+        return None if ask is None else ask()
+
+    def _write_skipped(self) -> None:
+        if self.skipped and self.trainer is not None and self.trainer.is_global_zero:
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.skipped]
+            write_text(Path(self.trainer.default_root_dir) / "skipped.jsonl", "".join(lines))
 
     def _collator(self, split: Split) -> Collator:
         stage = {"train": "fit", "val": "validate"}.get(split, split)

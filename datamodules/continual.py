@@ -94,9 +94,14 @@ class ContinualDataModule(FulguriteDataModule):
         stages = []
         for domain, epochs in zip(self.domains, self.epochs):
             names = domain.info().domains
-            count = self._num_batches(domain.samples("train"))
+            count = self._num_batches(self._of(names, "train"))
             stages.append(Stage("+".join(names), names, epochs, count))
         return stages
+
+    def prepare_data(self) -> None:
+        """What the data sets do once, on one process."""
+        for domain in self.domains:
+            domain.prepare_data()
 
     def read(self, split: Split) -> list[Sample]:
         """The samples of all domains, in order."""

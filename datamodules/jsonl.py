@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
+from fulgurite.datamodules.files import read_jsonl, read_vocabulary
 from fulgurite.samples import DataError, DataInfo, Sample, Video
 
 
@@ -135,66 +134,9 @@ def _scores(row: Mapping[str, Any], where: str) -> dict[str, float]:
     if isinstance(given, Mapping):
         scores = {str(answer): float(score) for answer, score in given.items()}
     elif isinstance(given, list):
-        scores = {answer: 1.0 for answer in Counter(str(a) for a in given)}
+        scores = dict.fromkeys((str(answer) for answer in given), 1.0)
     else:
         raise DataError(f"{where}: 'answer' must be a text, a list, or an object of scores, got {given!r}")
     if any(not answer.strip() for answer in scores):
         raise DataError(f"{where}: an answer is empty")
     return {answer.strip(): score for answer, score in scores.items()}
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank.
-
-    Raises:
-        DataError: missing or unreadable file, not UTF-8, a line that is no JSON object.
-    """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-        yield number, row
-
-
-def read_text(path: Path) -> str:
-    """The file as text. Raises `DataError` where it is missing, unreadable or not UTF-8 (naming the line)."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the file: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file with the encoding UTF-8") from error
-
-
-def read_vocabulary(path: Path) -> tuple[str, ...]:
-    """Answers of a JSON list, or of a JSON object of answers and positions, in order.
-
-    Raises:
-        DataError: unreadable file, another form, an empty or repeated answer, positions that are not 0..A-1.
-    """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from error
-    if isinstance(content, dict):
-        if sorted(content.values(), key=str) != sorted(range(len(content)), key=str):
-            raise DataError(
-                f"{path}: the positions of the answers must be 0 to {len(content) - 1}, each once"
-            )
-        content = sorted(content, key=content.__getitem__)
-    if not isinstance(content, list) or not content or not all(isinstance(a, str) and a for a in content):
-        raise DataError(f"{path}: expected a JSON list of answers, or an object of answers and positions")
-    repeated = [answer for answer, count in Counter(content).items() if count > 1]
-    if repeated:
-        raise DataError(f"{path}: answers occur twice: {repeated[:5]}")
-    return tuple(content)
