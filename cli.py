@@ -1,9 +1,10 @@
-"""The command line: ``python cli.py COMMAND ...`` and the console script ``fulgurite COMMAND ...`` are the same.
+"""The command line: ``python cli.py COMMAND ...`` and the console script ``fulgurite COMMAND ...`` are the
+same.
 
 Nothing heavy is imported before a command is chosen, so ``--help`` and ``--version`` answer at once.
 
-Exit codes: 0 done; 2 bad config or bad input (one message on stderr); 143 ended by SIGTERM, during ``fit`` with
-a checkpoint written; 130 ended by Ctrl-C; 1 any other error, with its traceback.
+Exit codes: 0 done; 2 bad config or bad input (one message on stderr); 143 ended by SIGTERM, during ``fit``
+with a checkpoint written; 130 ended by Ctrl-C; 1 any other error, with its traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-# One line per command: the module whose ``run(command, argv) -> int`` does it, and the line shown in the help.
+# One line per command: the module whose ``run(command, argv) -> int`` does it, and the line shown in the
+# help.
 COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("fulgurite.commands.train", "train a module; everything it leaves lies in one run folder"),
     "validate": ("fulgurite.commands.train", "evaluate a checkpoint on the validation questions"),
@@ -59,8 +61,8 @@ def help_text() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (see the module's docstring).
 
-    ``argv`` is what follows the program's name; ``sys.argv[1:]`` by default. Errors that are neither bad config
-    nor bad input are raised, so that they show their traceback.
+    ``argv`` is what follows the program's name; ``sys.argv[1:]`` by default. Errors that are neither bad
+    config nor bad input are raised, so that they show their traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else "--help"
@@ -83,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Run as a script, the folder of this file comes first on the path, and its sub-folders (`samples`, `metrics`)
-    # would be importable a second time under names without the package's prefix.
+    # Run as a script, the folder of this file comes first on the path, and its sub-folders (`samples`,
+    # `metrics`) would be importable a second time under names without the package's prefix.
     sys.path.pop(0)
     from fulgurite.cli import main as package_main
 

@@ -18,11 +18,13 @@ FLUSH_SECONDS = 10.0
 
 
 class MetricsCSV(Logger):
-    """Writes every logged metric into ``<folder>/metrics.csv``; columns in the order of their first appearance.
+    """Writes every logged metric into ``<folder>/metrics.csv``; columns in the order of their first
+    appearance.
 
-    A resumed run keeps the rows of the earlier part and drops those from the first step it logs again, so that no
-    step appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is replaced at most
-    every ten seconds and at the end, so a reader always finds a complete file. Only rank 0 writes.
+    A resumed run keeps the rows of the earlier part and drops those from the first step it logs again, so
+    that no step appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is
+    replaced at most every ten seconds and at the end, so a reader always finds a complete file. Only rank 0
+    writes.
     """
 
     def __init__(self, folder: str | Path) -> None:

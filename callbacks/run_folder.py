@@ -10,17 +10,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fulgurite.checkpoints.atomic import write_json, write_text
+from fulgurite.checkpoints import write_json, write_text
+from fulgurite.checkpoints.runs import CHECKPOINTS
 
 
 class RunFolder(Callback):
-    """Writes ``config.yaml`` at set-up, ``metrics.json`` at the end, and ``predictions.jsonl`` after ``predict``.
+    """Writes ``config.yaml`` at set-up, ``metrics.json`` at the end, and ``predictions.jsonl`` after
+    ``predict``.
 
-    Hooks: ``setup``, before any checkpoint can be written; the end of fit, validate, test and predict, after the
-    last checkpoint. Rank 0 decides the folder, hands it to the others, and is the only one that writes. Nothing is
-    stored in checkpoints; a resumed run writes the same files again. With ``fast_dev_run`` nothing is written.
+    Hooks: ``setup``, before any checkpoint can be written; the end of fit, validate, test and predict, after
+        the last checkpoint. Rank 0 decides the folder, hands it to the others, and is the only one that
+        writes. Nothing is stored in checkpoints; a resumed run writes the same files again. With
+        ``fast_dev_run`` nothing is written.
 
     Args:
         path: the folder of this command: the run itself, or ``evaluations/<command>-<time>`` in it.
@@ -56,6 +60,15 @@ class RunFolder(Callback):
         if trainer.state.fn == "validate":
             self._write_metrics(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write ``checkpoints/last`` when a fit is ended by SIGTERM; all ranks get here between the same
+        batches.
+        """
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.fast_dev_run:
+            path = self.path / CHECKPOINTS / "last"
+            trainer.save_checkpoint(path)
+            rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved in {path}")
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics of ``test``, beside those of the fit that it followed."""
         self._write_metrics(trainer)
@@ -81,8 +94,8 @@ class RunFolder(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the rows of all ranks and write them in the order of the data.
 
-        Rank r of W holds the items r::W of every global batch, so sorting by (loader, batch, position, rank) gives
-        the order of the data back. All rows are held in memory once, on rank 0 twice.
+        Rank r of W holds the items r::W of every global batch, so sorting by (loader, batch, position, rank)
+        gives the order of the data back. All rows are held in memory once, on rank 0 twice.
         """
         rows, self.predictions = self.predictions, []
         if trainer.world_size > 1:

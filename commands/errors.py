@@ -25,7 +25,9 @@ def shorten(text: str, limit: int = LIMIT) -> str:
 
 
 def bad_input_types() -> tuple[type[Exception], ...]:
-    """The errors that a user mends in a config, a file or an option, so that a traceback would say nothing more."""
+    """The errors that a user mends in a config, a file or an option, so that a traceback would say nothing
+    more.
+    """
     from fulgurite.checkpoints.errors import CheckpointError
     from fulgurite.samples.errors import DataError
 

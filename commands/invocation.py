@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulgurite.commands.errors import ConfigError
+from fulgurite.commands.names import STRATEGIES
 from fulgurite.commands.yaml_loader import load_file
 
 
@@ -36,7 +37,8 @@ class Invocation:
         configs = tuple(Path(value) for value in values_of(argv, "--config", "-c"))
         documents = tuple(load_file(path) for path in configs)
         allow = tuple(values_of(argv, "--allow"))
-        return cls(command, tuple(argv), configs, documents, allow, tuple(without(argv, "--allow")))
+        arguments = tuple(with_strategy(without(argv, "--allow")))
+        return cls(command, tuple(argv), configs, documents, allow, arguments)
 
     def on_top_of(self, stored: Path) -> Invocation:
         """The same call with a run's config below everything else."""
@@ -45,7 +47,9 @@ class Invocation:
         return replace(self, configs=configs, documents=documents, arguments=arguments)
 
     def option(self, name: str) -> str | None:
-        """A top-level option as text: the command line's last value, else that of the last config that has it."""
+        """A top-level option as text: the command line's last value, else that of the last config that has
+        it.
+        """
         typed = values_of(self.typed, f"--{name}")
         if typed:
             return None if typed[-1] in ("null", "") else typed[-1]
@@ -87,6 +91,21 @@ def values_of(argv: Sequence[str], *flags: str) -> list[str]:
             value = argv[position + 1]
         values.append(value)
     return values
+
+
+def with_strategy(argv: Sequence[str]) -> list[str]:
+    """``argv`` with the value of ``--trainer.strategy`` as a full path, where it names a strategy of this
+    project.
+    """
+    flag, kept = "--trainer.strategy", []
+    for position, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == flag and equals:
+            argument = f"{flag}={STRATEGIES.get(value, value)}"
+        elif position and argv[position - 1] == flag:
+            argument = STRATEGIES.get(argument, argument)
+        kept.append(argument)
+    return kept
 
 
 def without(argv: Sequence[str], *flags: str) -> list[str]:

@@ -1,13 +1,12 @@
 """Short class names: a table of the package's own public classes, read from its source without importing it.
 
-jsonargparse resolves a bare class name among the subclasses, already imported, of the type that an option declares.
-So every bare name of the table that stands anywhere in the command line or in a config gets its module imported
-before parsing, and no other module does.
+jsonargparse resolves a bare class name among the subclasses, already imported, of the type that an option
+declares. So every name of the table that stands on the command line or in a config gets its module imported
+before parsing, and no other module does. ``class_path: Name`` needs no type: it is completed from the table.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from collections.abc import Iterable, Iterator
@@ -16,21 +15,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("methods", "metrics", "backbones", "datamodules", "modules", "callbacks", "samples", "reports")
+STRATEGY = "fulgurite.callbacks.strategy.ModelParallelStrategy"
+# Lightning has a class of the same name, which does not write this project's checkpoints.
+STRATEGIES = {"ModelParallelStrategy": STRATEGY, "fsdp2": STRATEGY}
+
+_CLASS = re.compile(r"^class ([A-Z]\w*)", re.MULTILINE)
 _NAME = re.compile(r"(?<![\w.])[A-Z]\w*(?![\w.])")
 
 
 @cache
 def class_table() -> dict[str, list[str]]:
-    """Short name -> modules that define a public top-level class of that name (one, unless a name is used twice)."""
+    """Short name -> modules that define a public top-level class of that name: one, unless a name is used
+    twice.
+    """
     table: dict[str, list[str]] = {}
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*.py")):
             parts = file.relative_to(ROOT).with_suffix("").parts
             module = ".".join(("fulgurite", *(part for part in parts if part != "__init__")))
-            for node in ast.parse(file.read_bytes()).body:
-                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                    table.setdefault(node.name, []).append(module)
+            for name in _CLASS.findall(file.read_text(encoding="utf-8")):
+                table.setdefault(name, []).append(module)
     return table
+
+
+def complete(value: object) -> object:
+    """``value`` with each ``class_path: Name`` of the table as a full path, and strategies by their names."""
+    if isinstance(value, list):
+        return [complete(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    completed = {key: complete(item) for key, item in value.items()}
+    name = completed.get("class_path")
+    if isinstance(name, str) and len(modules := class_table().get(name, ())) == 1:
+        completed["class_path"] = f"{modules[0]}.{name}"
+    for key in ("strategy", "trainer.strategy"):
+        if isinstance(completed.get(key), str):
+            completed[key] = STRATEGIES.get(completed[key], completed[key])
+    return completed
 
 
 def scalars(value: object) -> Iterator[str]:
@@ -49,7 +70,8 @@ def import_named(typed: Iterable[str], documents: Iterable[dict]) -> list[str]:
     """Import the modules of the table's classes that are named; returns the modules' names.
 
     Args:
-        typed: command line arguments; names are found anywhere in them, as in ``--model.kind={class_path: LoRA}``.
+        typed: command line arguments; names are found anywhere in them, as in ``--model.kind={class_path:
+            LoRA}``.
         documents: contents of configs; a string counts if it is a class name and nothing else.
     """
     names = {name for argument in typed for name in _NAME.findall(argument)}

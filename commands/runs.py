@@ -1,17 +1,19 @@
 """Where a command reads and writes: which run, which checkpoint, which stored config.
 
-``<runs>/<experiment>/<time>/`` is a run; it holds ``config.yaml`` and ``checkpoints/<name>/manifest.json``. A folder
-without a manifest is not a checkpoint: it was never finished.
+``<runs>/<experiment>/<time>/`` is a run; it holds ``config.yaml`` and ``checkpoints/<name>/manifest.json``. A
+folder without a manifest is not a checkpoint: it was never finished.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fulgurite.checkpoints.atomic import is_leftover
-from fulgurite.checkpoints.manifest import MANIFEST_NAME, read_manifest
+from fulgurite.checkpoints import MANIFEST_NAME, newest_checkpoint
+from fulgurite.checkpoints.atomic import resolve
+from fulgurite.checkpoints.runs import EVALUATIONS
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.invocation import Invocation
 
@@ -34,7 +36,9 @@ class Plan:
 
 
 def plan_of(invocation: Invocation) -> Plan:
-    """Decide what to continue or evaluate. Raises ``ConfigError`` where a named run or checkpoint is not there."""
+    """Decide what to continue or evaluate. Raises ``ConfigError`` where a named run or checkpoint is not
+    there.
+    """
     named = invocation.option("ckpt_path")
     if invocation.command == "fit":
         run, checkpoint = _to_continue(invocation, named)
@@ -73,8 +77,10 @@ def experiment_of(invocation: Invocation) -> str:
     name = invocation.option("experiment") or (
         invocation.configs[0].stem if invocation.configs else "unnamed"
     )
-    if name in (".", "..") or "/" in name:
-        raise ConfigError(f"--experiment {name[:80]!r}: expected a plain folder name")
+    if not re.fullmatch(r"[\w=+,.-]+", name) or not name.strip("."):
+        raise ConfigError(
+            f"experiment {name[:80]!r}: expected letters, digits and any of _=+,.-; set --experiment"
+        )
     return name
 
 
@@ -83,13 +89,13 @@ def experiment_folder(invocation: Invocation) -> Path:
     return Path(invocation.option("runs") or "runs") / experiment_of(invocation)
 
 
-def new_folder(parent: Path, prefix: str = "") -> Path:
-    """A name under ``parent`` made of the time, which nothing there has yet. Nothing is created."""
-    stamp = prefix + datetime.now().strftime("%Y%m%d-%H%M%S")
-    path, number = parent / stamp, 1
+def evaluation_folder(parent: Path, command: str) -> Path:
+    """A name in ``<parent>/evaluations`` that nothing has yet. Nothing is created."""
+    stem = parent / EVALUATIONS / f"{command}-{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    path, number = stem, 1
     while path.exists():
         number += 1
-        path = parent / f"{stamp}-{number}"
+        path = stem.with_name(f"{stem.name}-{number}")
     return path
 
 
@@ -99,18 +105,10 @@ def newest_run(folder: Path) -> Path | None:
     return next((run for run in runs if newest_checkpoint(run) is not None), None)
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run that was written last. Raises ``CheckpointError`` where a manifest is damaged."""
-    folder = run / "checkpoints"
-    entries = folder.iterdir() if folder.is_dir() else ()
-    finished = [path for path in entries if not is_leftover(path) and (path / MANIFEST_NAME).is_file()]
-    return max(finished, key=lambda path: read_manifest(path).created, default=None)
-
-
 def checkpoint_at(named: str, option: str) -> Path:
     """The checkpoint that a path names: a checkpoint folder, or the newest one of a run folder."""
     path = Path(named)
-    if (path / MANIFEST_NAME).is_file():
+    if (resolve(path) / MANIFEST_NAME).is_file():
         return path
     newest = newest_checkpoint(path)
     if newest is None:

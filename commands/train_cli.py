@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
-import yaml
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from fulgurite import __version__
+from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.callbacks.init_from import InitialWeights
+from fulgurite.callbacks.metrics_csv import MetricsCSV
+from fulgurite.callbacks.publish import PublishedCheckpoint
+from fulgurite.callbacks.rng import RandomStates
+from fulgurite.callbacks.run_folder import RunFolder
+from fulgurite.checkpoints import new_run
 from fulgurite.commands.differences import differences
-from fulgurite.commands.errors import ConfigError, shorten
+from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.explain import explain
 from fulgurite.commands.invocation import Invocation
-from fulgurite.commands.runs import Plan, experiment_of
+from fulgurite.commands.runs import Plan, checkpoint_at, evaluation_folder, experiment_folder, experiment_of
 
 ALLOWED = ("fulgurite", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics", "lightning.pytorch")
+FOLDER_VARIABLE = "FULGURITE_FOLDER"  # how the first process tells the processes that it starts
 PARSER_MODE = "strict_yaml"
-EPILOG = f"""\
-Class paths may come from {", ".join(ALLOWED)}. --allow PREFIX (on the command line only, repeatable) adds a package
-or module, and the working folder to the import path. Classes of fulgurite have short names: the class name alone."""
+EPILOG = f"""Class paths may come from {", ".join(ALLOWED)}. --allow PREFIX (command line only, repeatable) adds a
+package or module, and puts the working folder on the import path. Classes of fulgurite have short names: the
+name of the class alone.
+"""
 
 SUMMARIES = {
     "fit": "Train a module; everything that it leaves lies in one run folder.",
@@ -31,7 +43,18 @@ SUMMARIES = {
     "test": "Evaluate on the test questions.",
     "predict": "Answer questions and write predictions.jsonl.",
 }
-_NOT_OPTIONS = {
+FIT_OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("test_after_fit", bool, False, "run test with the trained module at the end"),
+    ("init_from", str | None, None, "checkpoint or run to take weights from, and nothing else"),
+    (
+        "resume",
+        str | None,
+        None,
+        "auto (newest run of the experiment, or --run), none, a run or a checkpoint",
+    ),
+    ("run", str | None, None, "run folder; default: <runs>/<experiment>/<time>"),
+)
+NOT_OPTIONS = {
     "model",
     "datamodule",
     "dataloaders",
@@ -39,17 +62,20 @@ _NOT_OPTIONS = {
     "val_dataloaders",
     "return_predictions",
 }
-# Options of one call rather than of the experiment: a stored config never repeats them.
-_OF_THIS_CALL = ("config", "ckpt_path", "resume", "run")
+# Options of one call rather than of the experiment: the config in the run folder does not repeat them.
+OF_ONE_CALL = ("config", "ckpt_path", "weights_only", "verbose", "resume", "run")
 
 
 class TrainCLI(LightningCLI):
-    """Parses one command and builds data, module and trainer; running them is left to the caller."""
+    """Parses one command and builds data, module and trainer; running them is left to the caller.
 
-    def __init__(self, invocation: Invocation, plan: Plan, folder: Path) -> None:
+    Attributes:
+        folder: where the command writes.
+    """
+
+    def __init__(self, invocation: Invocation, plan: Plan) -> None:
         self.invocation = invocation
         self.plan = plan
-        self.folder = folder
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -63,6 +89,7 @@ class TrainCLI(LightningCLI):
                 "dump_header": [f"fulgurite {__version__}"],
                 "parser_mode": PARSER_MODE,
                 "exit_on_error": False,
+                "allow_abbrev": False,
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -72,27 +99,26 @@ class TrainCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lightning's arguments of the Trainer method, and this project's own."""
-        self.method_names = parser.add_method_arguments(Trainer, self.invocation.command, skip=_NOT_OPTIONS)
-        evaluates = self.invocation.command != "fit"
-        parser.add_argument(
-            "--experiment", type=str | None, help="name of the experiment; default: of the config"
-        )
+        self.method_names = parser.add_method_arguments(Trainer, self.invocation.command, skip=NOT_OPTIONS)
+        parser.add_lightning_class_args(PublishedCheckpoint, "checkpoint")
+        parser.add_argument("--experiment", type=str | None, help="name; default: that of the first config")
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
-        # A run's config holds what fit was told; the other commands accept it there, and leave it out of their help.
+        # A run's config holds what fit was told; the other commands accept it, and do not show it in their
+        # help.
+        hidden = self.invocation.command != "fit"
         for name, kind, default, text in FIT_OPTIONS:
-            parser.add_argument(
-                f"--{name}", type=kind, default=default, help=jsonargparse.SUPPRESS if evaluates else text
-            )
+            shown = jsonargparse.SUPPRESS if hidden else text
+            parser.add_argument(f"--{name}", type=kind, default=default, help=shown)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
-        """Parse the invocation's arguments instead of ``sys.argv``, so that ``main(argv)`` works in process."""
+        """Parse the invocation's arguments, not ``sys.argv``, so that ``main(argv)`` works in process."""
         try:
             self.config = parser.parse_args(self.invocation.arguments)
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, self.invocation) from error
         self.config.experiment = experiment_of(self.invocation)
         if self.plan.run is not None and self.plan.checkpoint is not None:
-            for line in differences(self.plan.run / "config.yaml", self._written(), self.invocation):
+            for line in differences(self.plan.run / "config.yaml", self.written(), self.invocation):
                 rank_zero_info(line)
 
     def instantiate_classes(self) -> None:
@@ -100,7 +126,7 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except (ValueError, LookupError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(shorten(f"{error}")) from error
+            raise ConfigError(f"{type(error).__name__}: {error}") from error
 
     def method_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the Trainer method."""
@@ -112,45 +138,63 @@ class TrainCLI(LightningCLI):
         return {**chosen, "model": self.model, "datamodule": self.datamodule}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with this project's loggers and callbacks, and the run folder as its root."""
-        from fulgurite.callbacks.metrics_csv import MetricsCSV
-        from fulgurite.callbacks.run_folder import RunFolder
+        """The Trainer with this project's loggers, callbacks and checkpoint format, in the run folder."""
+        settings = dict(self.config_init.trainer)
+        self.folder = self._new_folder()
+        if settings["logger"] in (None, True):
+            settings["logger"] = self._loggers() if self.invocation.command == "fit" else False
+        settings["default_root_dir"] = str(self.folder)
+        settings["plugins"] = as_list(settings["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
+            settings["plugins"].append(DigestCheckpointIO())
+        callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
+        if (
+            self.config.init_from is not None
+            and self.plan.checkpoint is None
+            and self.invocation.command == "fit"
+        ):
+            callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
+        if settings["enable_checkpointing"] is not False:
+            callbacks.append(self.config_init.checkpoint)
+        try:
+            return self._instantiate_trainer({**settings, **kwargs, "callbacks": callbacks}, [])
+        except BaseException:
+            with suppress(
+                OSError
+            ):  # a run that has not begun leaves no folder; one with anything in it stays
+                self.folder.rmdir()
+            raise
 
-        settings = self.config_init.trainer
-        if settings.logger in (None, True):
-            kwargs["logger"] = self.invocation.command == "fit" and [
-                self._tensorboard(),
-                MetricsCSV(self.folder),
-            ]
-        kwargs["default_root_dir"] = str(self.folder)
-        ours = [RunFolder(self.folder, self._written())]
-        return super().instantiate_trainer(**kwargs, callbacks=[*ours, *_as_list(settings.callbacks)])
-
-    def _tensorboard(self) -> object:
-        from lightning.pytorch.loggers import TensorBoardLogger
-
-        return TensorBoardLogger(self.folder, name="", version="")
-
-    def _written(self) -> str:
+    def written(self) -> str:
         """The complete config as YAML, without what belongs to this call alone."""
         config = self.config.clone()
-        for name in _OF_THIS_CALL:
+        for name in OF_ONE_CALL:
             config.pop(name, None)
         return self.parser.dump(config, skip_none=False, skip_link_targets=False, format="yaml")
 
+    def _new_folder(self) -> Path:
+        """The run, or ``evaluations/<command>-<time>`` of the run that is evaluated."""
+        if FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
+            return Path(os.environ[FOLDER_VARIABLE])
+        experiment = experiment_folder(self.invocation)
+        if self.invocation.command != "fit":
+            return evaluation_folder(self.plan.run or experiment, self.invocation.command)
+        if self.plan.run is not None:
+            return self.plan.run
+        if self.invocation.option("resume") == "auto":
+            rank_zero_info("--resume auto: nothing to continue, a new run starts")
+        if rank_zero_only.rank != 0 or self.config_init.trainer.fast_dev_run:
+            return experiment  # replaced by the folder of rank 0, or never written to
+        return new_run(experiment.parent, experiment.name)
 
-FIT_OPTIONS: list[tuple[str, Any, Any, str]] = [
-    ("test_after_fit", bool, False, "run test with the trained module at the end"),
-    ("init_from", str | None, None, "checkpoint or run to take weights from, and nothing else"),
-    (
-        "resume",
-        str | None,
-        None,
-        "auto: continue the newest run of the experiment, or --run; or a run or checkpoint",
-    ),
-    ("run", str | None, None, "run folder; default: <runs>/<experiment>/<time>"),
-]
+    def _loggers(self) -> list[Logger]:
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        return [TensorBoardLogger(self.folder, name="", version=""), MetricsCSV(self.folder)]
 
 
-def _as_list(value: Any) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+def as_list(value: Any) -> list:
+    """None as no element, one value as one element."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

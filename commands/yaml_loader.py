@@ -1,9 +1,9 @@
 """Strict YAML: what a config may hold, checked on the parser's events before anything is built.
 
-Refused, each with file and line: duplicate keys, tags other than the plain ones, aliases that expand to more than
-``MAX_NODES`` nodes, nesting deeper than ``MAX_DEPTH``, files over ``MAX_BYTES``, a byte order mark, NUL and other
-control characters, tabs as indentation, numbers too large for a float, and ``.nan``. ``1e-3`` is a float (YAML 1.2),
-dates stay text.
+Refused, each with file and line: duplicate keys, tags other than the plain ones, aliases that expand to more
+than ``MAX_NODES`` nodes, nesting deeper than ``MAX_DEPTH``, files over ``MAX_BYTES``, a byte order mark, NUL
+and other control characters, tabs as indentation, numbers too large for a float, and ``.nan``. ``1e-3`` is a
+float (YAML 1.2), dates stay text.
 """
 
 from __future__ import annotations

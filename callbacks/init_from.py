@@ -1,0 +1,47 @@
+"""Weights of another checkpoint as the start of a new run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fulgurite.checkpoints import MismatchError, load_tensors
+
+MAX_LISTED = 10
+
+
+class InitialWeights(Callback):
+    """Copies the weights of a checkpoint folder into the module, and nothing else: no optimizer, step or
+    epoch.
+
+    Hook: ``on_fit_start``, when the module is set up and wrapped, before the first step; a resumed run does
+        not have this callback. Strict over what trains: every tensor of the file must have a place in the
+        module, and every trained parameter must be in the file. Frozen parameters may be missing. Every rank
+        reads the file.
+
+    Args:
+        path: a checkpoint folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Load the weights. Raises ``MismatchError`` with all that does not fit."""
+        weights = load_tensors(self.path)
+        targets = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        problems = [f"{name}: trained here, not in the file" for name in sorted(trained - weights.keys())]
+        for name, value in weights.items():
+            if name not in targets:
+                problems.append(f"{name}: in the file, not in this module")
+            elif value.shape != targets[name].shape:
+                problems.append(f"{name}: file {tuple(value.shape)}, module {tuple(targets[name].shape)}")
+        if problems:
+            shown = "\n  ".join(problems[:MAX_LISTED])
+            raise MismatchError(
+                f"init_from {self.path}: {len(problems)} tensors do not fit this module:\n  {shown}\n"
+                "Use the settings that the checkpoint was made with."
+            )
+        trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=False)
