@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fulgurite.backbones.base import QAOutput, VideoQABackbone
 from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.sources import resolve_source
-from fulgurite.checkpoints.digest import digest_tensors
+from fulgurite.checkpoints.digest import digest_of_state
 from fulgurite.methods.structure import ModelSpec, Tower
 from fulgurite.samples import Batch, DataError, Sample, sample_fields
 from fulgurite.samples.features import FeatureExtractor
@@ -198,7 +198,7 @@ class PrefixEncoder(VideoQABackbone):
     @property
     def fingerprint(self) -> str:
         """Digest of text encoder, frame encoder and the start of the video projection."""
-        return digest_tensors(self.state_dict())
+        return digest_of_state(self.state_dict())
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
