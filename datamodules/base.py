@@ -6,7 +6,7 @@ import json
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -55,10 +55,10 @@ class FulguriteDataModule(LightningDataModule):
         eval_batch_size: the same for validation, test and prediction; None takes ``batch_size``.
         num_workers: loading processes per process; 0 loads in the process itself.
         seed: of the order of the training samples, together with the epoch.
-        on_bad: what a row or video that cannot be used does: ``"error"`` stops with its name, ``"skip"`` counts it
-            and writes it to ``skipped.jsonl`` of the run folder.
-        feature_cache: folder of stored frame features, filled at `setup` where some are missing; None computes
-            frames in every pass.
+        on_bad: what a row or video that cannot be used does: ``"error"`` stops with its name, ``"skip"``
+            counts it and writes it to ``skipped.jsonl`` of the run folder.
+        feature_cache: folder of stored frame features, filled at `setup` where some are missing; None
+            computes frames in every pass.
     """
 
     def __init__(
@@ -93,16 +93,26 @@ class FulguriteDataModule(LightningDataModule):
     def stages(self) -> list[Stage]:
         """One stage over the whole training split, as many epochs as the trainer says."""
         domains = self.info().domains
-        epochs = getattr(self.trainer, "max_epochs", None) or 1
+        epochs = max(1, getattr(self.trainer, "max_epochs", None) or 1)
         name = domains[0] if len(domains) == 1 else "all"
         return [Stage(name, domains, epochs, self._num_batches(self.samples("train")))]
 
     def samples(self, split: Split) -> list[Sample]:
-        """The samples of ``split``, read once and checked for repeated ids."""
+        """The samples of ``split``, read once; a repeated id makes a bad sample."""
         if split not in self._splits:
-            samples = self.read(split)
-            check_ids(samples, f"{type(self).__name__}, split {split}")
-            self._splits[split] = samples
+            seen: set[tuple[str, str]] = set()
+            kept = []
+            for sample in self.read(split):
+                name = (sample.domain, sample.id)
+                with self.skipping(split, sample.domain, f"{type(self).__name__}, id {sample.id}"):
+                    if name in seen:
+                        raise DataError(
+                            f"{type(self).__name__}, split {split}: the id {sample.id!r} occurs twice in "
+                            f"{sample.domain!r}; ids must be unique"
+                        )
+                    kept.append(sample)
+                seen.add(name)
+            self._splits[split] = kept
         return self._splits[split]
 
     @contextmanager
@@ -123,8 +133,8 @@ class FulguriteDataModule(LightningDataModule):
         unknown: Literal["keep", "error"],
         source: str,
     ) -> list[Sample]:
-        """Training samples whose best answer is outside ``known`` are filtered and counted; elsewhere they stay and
-        count as wrong, or are bad samples where ``unknown`` says ``"error"``."""
+        """Training samples whose best answer is outside ``known`` are filtered and counted; elsewhere they
+        stay and count as wrong, or are bad samples where ``unknown`` says ``"error"``."""
         kept = []
         for sample in samples:
             best = max(sample.answers, key=sample.answers.__getitem__, default=None)
@@ -137,21 +147,23 @@ class FulguriteDataModule(LightningDataModule):
             else:
                 with self.skipping(split, sample.domain, f"{source}, id {sample.id}"):
                     raise DataError(
-                        f"{source}: the answer {best!r} of {sample.id!r} is outside the vocabulary; add it, or set "
-                        "unknown_answers to keep, which counts it as wrong"
+                        f"{source}: the answer {best!r} of {sample.id!r} is outside the vocabulary; add it, "
+                        "or set unknown_answers to keep, which counts it as wrong"
                     )
         return kept
 
     def attach(self, collator: Collator) -> None:
         """Use ``collator`` for all stages. For work without a trainer: features, indexing, calibration."""
         check_picklable(collator)
-        self._collators = {stage: collator for stage in SPLITS_OF_STAGE}
+        self._collators = dict.fromkeys(SPLITS_OF_STAGE, collator)
 
     def setup(self, stage: str) -> None:
-        """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that all fit.
+        """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that
+        all fit.
 
         Raises:
-            DataError: a field that the module needs is not filled; unusable rows or videos where ``on_bad`` is
+            DataError: a field that the module needs is not filled; unusable rows or videos where ``on_bad``
+            is
                 ``"error"``; an option of the trainer that would spoil the batches.
         """
         if self.trainer is None and stage not in self._collators:
@@ -276,13 +288,13 @@ class FulguriteDataModule(LightningDataModule):
         _, world = self._rank_and_world()
         if self.batch_size % world:
             raise DataError(
-                f"batch_size={self.batch_size} is the number of samples per step over all processes together and does "
-                f"not divide by {world} of them: set data.batch_size to a multiple of {world}"
+                f"batch_size={self.batch_size} is the number of samples per step over all processes together and "
+                f"does not divide by {world} of them: set data.batch_size to a multiple of {world}"
             )
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise DataError(
-                "The samples are shared out over processes already; Lightning would share them out once more: "
-                "set trainer.use_distributed_sampler to false"
+                "The samples are shared out over processes already; Lightning would share them out once "
+                "more: set trainer.use_distributed_sampler to false"
             )
 
     def _log_counts(self, split: Split, samples: Sequence[Sample]) -> None:
@@ -291,16 +303,6 @@ class FulguriteDataModule(LightningDataModule):
         filtered = Counter({d: n for (d, at), n in self.filtered.items() if at == split})
         for domain in dict.fromkeys([*self.info().domains, *kept, *skipped, *filtered]):
             rank_zero_info(
-                f"{domain} {split}: {kept[domain]} kept, {filtered[domain]} filtered, {skipped[domain]} skipped"
+                f"{domain} {split}: {kept[domain]} kept, {filtered[domain]} filtered, "
+                f"{skipped[domain]} skipped"
             )
-
-
-def check_ids(samples: Iterable[Sample], source: str) -> None:
-    """Raise `DataError` for the first id that occurs twice within a domain."""
-    seen: set[tuple[str, str]] = set()
-    for sample in samples:
-        if (sample.domain, sample.id) in seen:
-            raise DataError(
-                f"{source}: the id {sample.id!r} occurs twice in {sample.domain!r}; ids must be unique"
-            )
-        seen.add((sample.domain, sample.id))

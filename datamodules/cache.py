@@ -26,8 +26,8 @@ def fill_features(
 ) -> list[Sample]:
     """The samples with ``features[encoder.name]`` from the cache, which is filled first where it lacks some.
 
-    Every process computes its share and waits for the others; each then sees the same failures, so all keep the
-    same samples. Samples without a video stay as they are.
+    Every process computes its share and waits for the others; each then sees the same failures, so all keep
+    the same samples. Samples without a video stay as they are.
     """
     encoder, sampling = extractor.encoder, extractor.sampling
     store = FeatureStore(data.feature_cache)

@@ -17,15 +17,16 @@ from fulgurite.samples.loader import ResumableLoader
 class ContinualDataModule(FulguriteDataModule):
     """A stream of domains: one stage per domain, in the given order.
 
-    Training shows the domain of the current stage. Validation at the end of a stage, test and prediction show all
-    domains in one loader; a sample's domain is there for metrics only. Ids become ``domain/id``.
+    Training shows the domain of the current stage. Validation at the end of a stage, test and prediction show
+    all domains in one loader; a sample's domain is there for metrics only. Ids become ``domain/id``.
 
     Args:
         domains: the data sets. The loading options below hold for all of them.
-        epochs_per_domain: epochs of each stage, one number or one per domain; of the one stage where ``joint``.
+        epochs_per_domain: epochs of each stage, one number or one per domain; of the one stage where
+            ``joint``.
         joint: train on all domains together in one stage.
-        validate: ``"stage_end"`` validates (all domains) after a stage only, ``"every_epoch"`` also its own domains
-            in between.
+        validate: ``"stage_end"`` validates (all domains) after a stage only, ``"every_epoch"`` also its own
+            domains in between.
         batch_size: see `FulguriteDataModule`.
         eval_batch_size: see `FulguriteDataModule`.
         num_workers: see `FulguriteDataModule`.
@@ -148,11 +149,12 @@ class ContinualDataModule(FulguriteDataModule):
         trainer = self.trainer
         if len(self.epochs) > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
             raise DataError(
-                "The training data change from stage to stage: set trainer.reload_dataloaders_every_n_epochs to 1"
+                "The training data change from stage to stage: set "
+                "trainer.reload_dataloaders_every_n_epochs to 1"
             )
         total = sum(self.epochs)
         if trainer.max_epochs is not None and trainer.max_epochs > total:
             raise DataError(
-                f"{len(self.epochs)} stages of {self.epochs} epochs are over after {total} epochs, but the trainer "
-                f"would go on to {trainer.max_epochs}: set trainer.max_epochs to {total}"
+                f"{len(self.epochs)} stages of {self.epochs} epochs are over after {total} epochs, but the "
+                f"trainer would go on to {trainer.max_epochs}: set trainer.max_epochs to {total}"
             )

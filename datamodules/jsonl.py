@@ -14,8 +14,9 @@ from fulgurite.samples import DataError, DataInfo, Sample, Video
 class JsonlDataModule(FulguriteDataModule):
     """One JSON object per line: ``{"video": "a.mp4", "question": "What moves?", "answer": "a ball"}``.
 
-    Other keys are left alone. Keys read: ``video`` (path below ``root``), ``question``, and optionally ``id`` (else the line number), ``answer`` or
-    ``answers`` (a list, or an object of answers and scores), ``kind``, ``speech``, ``options``.
+    Other keys are left alone. Keys read: ``video`` (path below ``root``), ``question``, and optionally ``id``
+    (else the line number), ``answer`` or ``answers`` (a list, or an object of answers and scores), ``kind``,
+    ``speech``, ``options``.
 
     Args:
         root: folder that the paths below are relative to.
@@ -25,10 +26,11 @@ class JsonlDataModule(FulguriteDataModule):
         predict: file of questions without known answers; None takes the test file.
         media: folder of the videos, relative to ``root``.
         domain: name of this data set.
-        vocabulary: JSON list of the answers to choose from, relative to ``root``; None takes all answers of the
-            training file, sorted.
-        unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts it as
-            wrong, ``"error"`` stops. Training questions outside a given vocabulary are filtered and counted.
+        vocabulary: JSON list of the answers to choose from, relative to ``root``; None takes all answers of
+            the training file, sorted.
+        unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts
+            it as wrong, ``"error"`` stops. Training questions outside a given vocabulary are filtered and
+            counted.
         batch_size: see `FulguriteDataModule`.
         eval_batch_size: see `FulguriteDataModule`.
         num_workers: see `FulguriteDataModule`.
@@ -68,6 +70,7 @@ class JsonlDataModule(FulguriteDataModule):
         self.vocabulary = vocabulary
         self.unknown_answers = unknown_answers
         self._info: DataInfo | None = None
+        self._read: dict[Split, list[Sample]] = {}
 
     def info(self) -> DataInfo:
         """The domain, its answers (empty without training file and vocabulary) and its kinds, sorted."""
@@ -91,9 +94,12 @@ class JsonlDataModule(FulguriteDataModule):
         return tuple(sorted({answer for s in train for answer in s.answers}))
 
     def _rows(self, split: Split) -> list[Sample]:
-        file = self.files[split]
-        if file is None:
-            return []
+        if split not in self._read:
+            file = self.files[split]
+            self._read[split] = [] if file is None else self._file(split, file)
+        return self._read[split]
+
+    def _file(self, split: Split, file: Path) -> list[Sample]:
         path = self.root / file
         samples = []
         for number, row in read_jsonl(path):

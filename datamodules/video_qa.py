@@ -76,8 +76,8 @@ class VideoQADataModule(FulguriteDataModule):
     Args:
         root: folder that holds ``iVQA``, ``MSVD-QA`` and so on.
         dataset: which set; also the name of the domain.
-        vocabulary: JSON of the answers, relative to ``root``; None takes ``vocab1000.json`` of the set. Give all
-            sets of a stream the same file.
+        vocabulary: JSON of the answers, relative to ``root``; None takes ``vocab1000.json`` of the set. Give
+            all sets of a stream the same file.
         features_file: features by video id, in the set's folder; None where frames come from ``videos``.
         features_name: encoder name under which samples carry them.
         feature_width: their width.
@@ -85,10 +85,10 @@ class VideoQADataModule(FulguriteDataModule):
         videos: folder of video files named by video id, relative to the set's folder, or None.
         video_suffix: their ending.
         subtitles: file of speech by video id, in the set's folder; None leaves speech out.
-        held_out: TGIF has no validation split: this share of its training videos becomes one. 0 validates on the
-            test split, as published.
-        unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts it
-            as wrong, ``"error"`` stops.
+        held_out: TGIF has no validation split: this share of its training videos becomes one. 0 validates on
+            the test split, as published.
+        unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts
+            it as wrong, ``"error"`` stops.
         batch_size: see `FulguriteDataModule`.
         eval_batch_size: see `FulguriteDataModule`.
         num_workers: see `FulguriteDataModule`.
@@ -252,7 +252,8 @@ def read_subtitles(path: Path) -> dict[str, str]:
     """Speech by video id, out of a pickled ``{video id: text}``.
 
     Raises:
-        DataError: missing or refused file, another content, or no text at all (which would silently cost accuracy).
+        DataError: missing or refused file, another content, or no text at all (which would silently cost
+        accuracy).
     """
     try:
         content = load_pickle(path)

@@ -1,8 +1,9 @@
 """Frame features on disk: computed once per encoder, rule and video file, read by mapping.
 
-A store is a folder with one folder per (encoder, frame rule, type), and in it shards, each a digested checkpoint folder
-written at once. What a crash leaves behind is whole shards, so an extraction goes on with the videos that miss.
-Videos are known by the digest of their content: a moved or renamed file keeps its features.
+A store is a folder with one folder per (encoder, frame rule, type), and in it shards, each a digested
+checkpoint folder written at once. What a crash leaves behind is whole shards, so an extraction goes on with
+the videos that miss. Videos are known by the digest of their content: a moved or renamed file keeps its
+features.
 
 Legend: F frames of a video, P tokens of a frame, D width.
 """
@@ -198,7 +199,8 @@ def extract_features(
 ) -> dict[Video, str]:
     """Compute and store what is missing of ``videos``; the encoder runs here, decoding in workers.
 
-    Peak memory: ``batch_frames`` transformed frames, the videos that workers hold ready, and one shard (32 MiB).
+    Peak memory: ``batch_frames`` transformed frames, the videos that workers hold ready, and one shard (32
+    MiB).
 
     Args:
         videos: any order, repeats allowed; files of equal content are computed once.

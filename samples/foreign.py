@@ -1,4 +1,5 @@
-"""Feature files of published data sets: one pickled dict for all videos, converted once to mapped, digested files."""
+"""Feature files of published data sets: one pickled dict for all videos, converted once to mapped, digested
+files."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from fulgurite.samples.video import Video
 def foreign_features(path: Path, width: int, cache: Path | None = None) -> FeatureReader:
     """Features by video id (as text), (F, D) each, out of a file that holds ``{video id: (F, D) array}``.
 
-    The first call reads the file with the restricted loader (all of it in memory) and writes the converted form;
-    later calls map that. A changed file is converted anew.
+    The first call reads the file with the restricted loader (all of it in memory) and writes the converted
+    form; later calls map that. A changed file is converted anew.
 
     Args:
         path: file saved by ``torch.save`` or ``pickle``.
@@ -64,6 +65,6 @@ def _read(path: Path, width: int) -> dict[str, Tensor]:
 def _check(path: Path, name: str, shape: tuple[int, ...], width: int) -> None:
     if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
         raise DataError(
-            f"{path}: the features of video {name} have shape {shape}, expected (frames, {width}); if another "
-            "encoder made them, set feature_width"
+            f"{path}: the features of video {name} have shape {shape}, expected (frames, {width}); if "
+            "another encoder made them, set feature_width"
         )

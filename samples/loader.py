@@ -29,6 +29,7 @@ class Guarded:
     collator: Collator
 
     def __call__(self, samples: Sequence[Sample]) -> Batch | Failure:
+        """The batch, or why there is none."""
         try:
             return self.collator(samples)
         except DataError as error:
@@ -38,9 +39,9 @@ class Guarded:
 class ResumableLoader(DataLoader):
     """Batches in the order of a `GlobalBatchSampler`, with the position as its state.
 
-    The position counts batches handed out, not batches prefetched by workers. The loader owns its generator, seeded
-    per epoch, so neither starting it nor its workers touch the global random state. Nothing starts before the first
-    batch is asked for (Lightning calls ``iter`` twice per epoch).
+    The position counts batches handed out, not batches prefetched by workers. The loader owns its generator,
+    seeded per epoch, so neither starting it nor its workers touch the global random state. Nothing starts
+    before the first batch is asked for (Lightning calls ``iter`` twice per epoch).
 
     Args:
         dataset: maps the sampler's indices to samples.

@@ -10,9 +10,10 @@ import torch
 class GlobalBatchSampler:
     """Batches of indices for one rank out of a stream of global batches.
 
-    The order is a permutation that depends on (seed, epoch) alone. Rank r of W takes items ``r::W`` of every global
-    batch. Where a global batch does not divide by W, the shorter ranks get repeats, given as ``index + num_samples``
-    and marked uncounted by the data set, so all ranks run the same number of equally long batches. Nothing is dropped.
+    The order is a permutation that depends on (seed, epoch) alone. Rank r of W takes items ``r::W`` of every
+    global batch. Where a global batch does not divide by W, the shorter ranks get repeats, given as ``index +
+    num_samples`` and marked uncounted by the data set, so all ranks run the same number of equally long
+    batches. Nothing is dropped.
 
     Args:
         num_samples: size of the data set.

@@ -9,7 +9,8 @@ from fulgurite.samples.video import Video
 
 
 def uniform(n: int, k: int) -> list[int]:
-    """The centres of ``k`` equal spans of ``n`` frames: ``floor((j + 1/2) n / k)``. Repeats frames where n < k."""
+    """The centres of ``k`` equal spans of ``n`` frames: ``floor((j + 1/2) n / k)``. Repeats frames where n <
+    k."""
     _check(n, k)
     return [(2 * j + 1) * n // (2 * k) for j in range(k)]
 

@@ -1,8 +1,9 @@
 """A video file that is opened when its frames are asked for, and gives exactly the frames asked for.
 
-Frame ``i`` is the i-th picture in presentation order, whatever the frame rate does and however the codec reorders
-pictures. One pass over the packets (no decoding) gives the presentation time of every picture; a request then
-starts at the last usable key frame before each wanted picture and decodes no further than it must.
+Frame ``i`` is the i-th picture in presentation order, whatever the frame rate does and however the codec
+reorders pictures. One pass over the packets (no decoding) gives the presentation time of every picture; a
+request then starts at the last usable key frame before each wanted picture and decodes no further than it
+must.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class FrameCache:
         return frame
 
     def put(self, key: tuple, frame: Tensor) -> None:
-        """Store ``frame``; the frames not used for longest make room. A frame above the limit is not stored."""
+        """Store ``frame``; the frames not used for longest make room. A frame above the limit is not
+        stored."""
         if frame.nbytes > self.limit or key in self._frames:
             return
         self._frames[key] = frame
@@ -139,7 +141,8 @@ class _Index:
     """Where the pictures of a file are.
 
     Args:
-        times: presentation times in display order; empty positions never occur. None-timed files count instead.
+        times: presentation times in display order, in the stream's time base; where the file is not ``timed``,
+            the numbers of the pictures.
         order: decoding position of each picture, in display order.
         keys: decoding positions of key frames, ascending.
         key_times: their presentation times.
@@ -160,8 +163,8 @@ class _Index:
     position_of: dict[int, int] = field(default_factory=dict, repr=False)
 
     def start_of(self, i: int) -> int:
-        """Which key frame (number in ``keys``) to start from for picture ``i``: the last one that comes before it
-        both in the file and on the screen (pictures between may lean on an earlier key frame)."""
+        """Which key frame (number in ``keys``) to start from for picture ``i``: the last one that comes
+        before it both in the file and on the screen (pictures between may lean on an earlier key frame)."""
         k = bisect.bisect_right(self.keys, self.order[i]) - 1
         while k > 0 and self.key_times[k] > self.times[i]:
             k -= 1
@@ -238,7 +241,8 @@ def _check_length(path: str, container: InputContainer, packets: Sequence[av.Pac
     spacing = announced / len(packets)
     if ends and max(ends) < announced - max(1.5 * spacing, 0.002):
         raise DataError(
-            f"{path}: damaged or truncated video: {announced:.3f} s announced, pictures end at {max(ends):.3f} s"
+            f"{path}: damaged or truncated video: {announced:.3f} s announced, "
+            f"pictures end at {max(ends):.3f} s"
         )
 
 
