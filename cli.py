@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "features": ("fulgurite.commands.features", "extract frame features once and store them"),
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
     "verify": ("fulgurite.commands.verify", "check every digest of a checkpoint"),
-    "inspect": ("fulgurite.commands.inspect", "print what a checkpoint holds and where it came from"),
+    "inspect": ("fulgurite.commands.inspection", "print what a checkpoint holds and where it came from"),
 }
 
 EXIT_CODES = """\

@@ -46,6 +46,8 @@ def exit_code_of(run: Callable[[str, list[str]], int], command: str, argv: list[
     """Run a command; the errors of ``bad_input_types`` print one message and give 2, Ctrl-C gives 130."""
     try:
         return run(command, argv)
+    except SystemExit as ended:  # --help and --print_config
+        return int(ended.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except bad_input_types() as error:

@@ -14,9 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import callbacks, loggers, profilers, strategies
 
 from fulgurite.commands.errors import ConfigError, shorten
 from fulgurite.commands.invocation import Invocation
@@ -77,12 +75,12 @@ def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
             f"{key}: {owner}{_value(invocation, key)}{_near(first, accepted, listed=bool(reason.class_path))}"
         )
     if reason.pattern is _NO_CLASS:
-        expected = " Expected the short name of a fulgurite class or a full class path"
+        expected = " Expected the short name of a fulgurite class, or a full class path"
         return f"{reason.key}: no class {first!r}{_near(first, _class_names())}{expected}"
     if reason.pattern is _DENIED:
         return (
-            f"{reason.key}: class path {first!r} is not allowed, nothing was imported; --allow PREFIX admits a "
-            "package or module (on the command line only; see --help for those admitted)"
+            f"{reason.key}: class path {first!r} is not allowed, nothing was imported; --allow PREFIX admits "
+            "a package or module (on the command line only; --help lists those admitted)"
         )
     if reason.pattern is _NO_ATTRIBUTE:
         names = [name for name in vars(importlib.import_module(first)) if not name.startswith("_")]
@@ -148,6 +146,9 @@ def _indent(line: str) -> int:
 
 def _class_names() -> set[str]:
     """Names that resolve without a path: the package's classes, and the usual ones of Lightning and torch."""
+    import torch
+    from lightning.pytorch import callbacks, loggers, profilers, strategies
+
     foreign = (callbacks, loggers, profilers, strategies, torch.optim)
     return {*class_table(), *(name for module in foreign for name in vars(module) if name[0].isupper())}
 

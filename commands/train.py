@@ -8,19 +8,15 @@ only when no ``--config`` is given; ``--config`` files from left to right; the r
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import jsonargparse
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from fulgurite.commands.errors import DONE, INTERRUPTED, TERMINATED, ConfigError
+from fulgurite.commands.errors import DONE, INTERRUPTED, TERMINATED
+from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
-from fulgurite.commands.names import complete, import_named
+from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import plan_of
-from fulgurite.commands.train_cli import ALLOWED, FOLDER_VARIABLE, PARSER_MODE, TrainCLI
-from fulgurite.commands.yaml_loader import load_text
+from fulgurite.commands.train_cli import FOLDER_VARIABLE, TrainCLI
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -36,32 +32,7 @@ def run(command: str, argv: list[str]) -> int:
         invocation = invocation.on_top_of(plan.stored)
     with imports_allowed(invocation.allow):
         import_named(invocation.typed, invocation.documents)
-        try:
-            cli = TrainCLI(invocation, plan)
-        except SystemExit as ended:  # --help and --print_config
-            return int(ended.code or 0)
-        return execute(cli)
-
-
-@contextmanager
-def imports_allowed(extra: tuple[str, ...]) -> Iterator[None]:
-    """Let class paths come from ``ALLOWED`` and ``extra`` only; others are refused before their import."""
-    for prefix in extra:
-        if not all(part.isidentifier() for part in prefix.split(".")):
-            raise ConfigError(f"--allow {prefix[:80]!r}: expected a package or module, as my_project.models")
-    if extra and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    jsonargparse.set_loader(PARSER_MODE, load_value, (ConfigError,))
-    jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*ALLOWED, *extra])
-    try:
-        yield
-    finally:
-        jsonargparse.set_parsing_settings(import_path_denylist=[*set(extra) - set(ALLOWED)])
-
-
-def load_value(text: str, path: str = "") -> object:
-    """A config or the value of an option: strict YAML with short class names completed."""
-    return complete(load_text(text, path))
+        return execute(TrainCLI(invocation, plan))
 
 
 def execute(cli: TrainCLI) -> int:

@@ -26,17 +26,11 @@ from fulgurite.checkpoints import new_run
 from fulgurite.commands.differences import differences
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.explain import explain
+from fulgurite.commands.imports import EPILOG, PARSER_MODE
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.runs import Plan, checkpoint_at, evaluation_folder, experiment_folder, experiment_of
 
-ALLOWED = ("fulgurite", "torch.nn", "torch.optim", "torch.utils.data", "torchmetrics", "lightning.pytorch")
 FOLDER_VARIABLE = "FULGURITE_FOLDER"  # how the first process tells the processes that it starts
-PARSER_MODE = "strict_yaml"
-EPILOG = f"""Class paths may come from {", ".join(ALLOWED)}. --allow PREFIX (command line only, repeatable) adds a
-package or module, and puts the working folder on the import path. Classes of fulgurite have short names: the
-name of the class alone.
-"""
-
 SUMMARIES = {
     "fit": "Train a module; everything that it leaves lies in one run folder.",
     "validate": "Evaluate on the validation questions.",
