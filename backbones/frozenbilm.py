@@ -31,6 +31,7 @@ from fulgurite.backbones.deberta import (
     decode_masks,
     read_pretrained,
 )
+from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.frozenbilm_checkpoint import (
     ImportedWeights,
     adapter_mismatches,
@@ -43,6 +44,8 @@ from fulgurite.checkpoints.digest import digest_of_state
 from fulgurite.checkpoints.errors import MismatchError
 from fulgurite.methods.structure import ModelSpec, Tower
 from fulgurite.samples import Batch
+from fulgurite.samples.features import FeatureExtractor
+from fulgurite.samples.sampling import FrameSampling
 
 _log = logging.getLogger(__name__)
 _PROJECTION = r"deberta\.embeddings\.linear_video\.(weight|bias)"
@@ -63,6 +66,8 @@ class FrozenBiLM(VideoQABackbone):
         tokenizer: where the tokenizer is, if not with ``model``.
         features: name of the frame features in `Sample.features`; None reads the question alone.
         feature_dim: width of the frame features.
+        frame_encoder: makes the features of raw videos, one vector per second, through the DataModule's
+            ``feature_cache``; sets ``features`` and ``feature_dim``. The published ones are CLIP ViT-L/14.
         max_frames: video tokens per question.
         max_tokens: the prompt is cut after so many tokens.
         max_answer_tokens: an answer is embedded by its first so many tokens.
@@ -96,6 +101,7 @@ class FrozenBiLM(VideoQABackbone):
         tokenizer: str | None = None,
         features: str | None = "clip_vitl14",
         feature_dim: int = 768,
+        frame_encoder: FrameEncoder | None = None,
         max_frames: int = 10,
         max_tokens: int = 256,
         max_answer_tokens: int = 5,
@@ -124,6 +130,12 @@ class FrozenBiLM(VideoQABackbone):
                 f"max_frames={max_frames} and max_tokens={max_tokens} together pass the "
                 f"{settings.max_position_embeddings} positions of {model}"
             )
+        if frame_encoder is not None:
+            if frame_encoder.tokens != 1:
+                raise ValueError(
+                    f"frame_encoder gives {frame_encoder.tokens} tokens per frame; set its grid to 0"
+                )
+            features, feature_dim = frame_encoder.name, frame_encoder.width
         self.features, self.feature_dim, self.max_frames = features, feature_dim, max_frames
         self.max_tokens, self.max_answer_tokens = max_tokens, max_answer_tokens
         self.suffix = f'"{suffix}"' if suffix_quoted else suffix
@@ -143,6 +155,7 @@ class FrozenBiLM(VideoQABackbone):
         self.not_in_checkpoint: tuple[str, ...] = ()
         self._adapters: dict[str, StateDict] | None = None
         self._load(source if pretrained else None, checkpoint)
+        self.frame_encoder = frame_encoder
         self.freeze()
 
     def _load(self, source: str | None, checkpoint: Path | None) -> None:
@@ -186,6 +199,12 @@ class FrozenBiLM(VideoQABackbone):
     def initial_adapters(self) -> dict[str, StateDict] | None:
         """Adapters of ``checkpoint`` by site, with the tensors of `ImportedWeights`; None if it has none."""
         return self._adapters
+
+    def feature_extractor(self) -> FeatureExtractor | None:
+        """One vector per second of a video; None where features come with the data."""
+        if self.frame_encoder is None:
+            return None
+        return FeatureExtractor(self.frame_encoder, FrameSampling("per_second", count=0))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -283,9 +302,9 @@ class FrozenBiLM(VideoQABackbone):
         """Width of the frame features and of the hidden states."""
         return (self.feature_dim, self.deberta.config.hidden_size)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Digest of the language model, its head and the video projection."""
+        """Digest of all frozen weights as they are at first use; reads every weight once."""
         return digest_of_state(self.state_dict())
 
 

@@ -139,6 +139,8 @@ class FrozenBiLMCollator:
                 f"Set backbone.init_args.features, or give an empty tensor for a missing video."
             )
         frames = sample.features[self.features]
+        if frames.ndim == 3 and frames.shape[1] == 1:  # an encoder's one token per frame
+            frames = frames[:, 0]
         if frames.ndim != 2 or frames.shape[1] != self.feature_dim:
             raise DataError(
                 f"features {self.features!r} of sample {sample.id!r} have shape {tuple(frames.shape)}, "

@@ -129,6 +129,12 @@ def test_text_is_cut_on_the_right(tokenizer):
     assert batch["input_ids"][0, -1] == tokenizer.sep_token_id
 
 
+def test_stored_features_of_an_encoder_have_one_token_per_frame(tokenizer):
+    rows = sample().features["clip"]
+    stored = Sample("a", "d", question="what is this", features={"clip": rows[:, None]})
+    assert torch.equal(collator(tokenizer)([stored])["video"], collator(tokenizer)([sample()])["video"])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
