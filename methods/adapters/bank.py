@@ -150,9 +150,20 @@ class AdapterBank(nn.Module):
             adapters[key] = adapter if parameter is None else adapter.to(parameter.device)
         self.sets[name] = adapters.requires_grad_(name == LIVE)
 
+    def remove(self, name: str) -> None:
+        """Forget a set. The live set stays."""
+        self._set(name)
+        if name == LIVE:
+            raise ValueError(f"the set {LIVE!r} cannot be removed")
+        del self.sets[name]
+
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Parameters of one set, in the same order for every set."""
         return list(self._set(name).parameters())
+
+    def adapters_of(self, name: str) -> dict[str, Adapter]:
+        """The adapters of one set by the module name of their site."""
+        return {self._sites[key].name: adapter for key, adapter in self._set(name).items()}
 
     def _set(self, name: str) -> nn.ModuleDict:
         if name not in self.sets:
@@ -164,6 +175,34 @@ class AdapterBank(nn.Module):
         """Copy the values of one set into another, in place. Under FSDP2, reshard the adapters before."""
         for to, of in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
             to.copy_(of)
+
+    @torch.no_grad()
+    def load_sites(self, name: str, sites: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill the adapters of some sites of a set, in place; those of other sites stay as they are.
+
+        Args:
+            name: the set.
+            sites: module name of the site -> the adapter's state dict.
+
+        Raises:
+            ValueError: something does not fit. Lists all that does not, and then changes nothing.
+        """
+        adapters = self.adapters_of(name)
+        problems = [f"{site}: no adapter there" for site in sites if site not in adapters]
+        for site, tensors in sites.items():
+            own = adapters[site].state_dict() if site in adapters else {}
+            for tensor in sorted(own.keys() | tensors.keys()) if own else ():
+                shapes = [tuple(s[tensor].shape) if tensor in s else "missing" for s in (tensors, own)]
+                if shapes[0] != shapes[1]:
+                    problems.append(f"{site} {tensor}: given {shapes[0]}, model {shapes[1]}")
+        if problems:
+            shown = "\n  ".join(problems[:20])
+            raise ValueError(
+                f"{len(problems)} adapters or tensors do not fit this model's adapters:\n  {shown}"
+            )
+        for site, tensors in sites.items():
+            for tensor, own in adapters[site].state_dict().items():
+                own.copy_(tensors[tensor])
 
     def reset(self, name: str, generator: torch.Generator | None = None) -> None:
         """Give one set its starting values again, in place."""
