@@ -108,8 +108,8 @@ class FrameEncoder(nn.Module, ABC):
         self.width = found.shape[1]
         if self.grid > found.shape[-1]:
             raise ValueError(
-                f"grid={self.grid} cells per side, but {self.name} has {found.shape[-1]} at size={self.size}: "
-                "lower grid or raise size"
+                f"grid={self.grid} cells per side, but {self.name} has {found.shape[-1]} at "
+                f"size={self.size}: lower grid or raise size"
             )
 
     def train(self, mode: bool = True) -> FrameEncoder:

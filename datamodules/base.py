@@ -293,8 +293,8 @@ class FulguriteDataModule(LightningDataModule):
             )
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise DataError(
-                "The samples are shared out over processes already; Lightning would share them out once "
-                "more: set trainer.use_distributed_sampler to false"
+                "The samples are shared out over processes already; Lightning would share them out "
+                "once more: set trainer.use_distributed_sampler to false"
             )
 
     def _log_counts(self, split: Split, samples: Sequence[Sample]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import Literal
 
 from fulgurite.samples.video import Video
@@ -25,15 +26,11 @@ def official_dam(n: int, k: int) -> list[int]:
 
 
 def per_second(fps: float, n: int) -> list[int]:
-    """The first frame at or after each full second of ``n`` frames at ``fps``; at least frame 0."""
+    """The first frame at or after each full second of ``n`` frames at ``fps``, none twice; at least frame 0."""
     if fps <= 0:
         raise ValueError(f"frames per second must be positive to sample by second, got {fps}")
-    indices = []
-    second = 0
-    while (index := -int(-second * fps // 1)) < n:
-        indices.append(index)
-        second += 1
-    return indices
+    seconds = range(ceil(n / fps))
+    return list(dict.fromkeys(i for second in seconds if (i := ceil(second * fps)) < n))
 
 
 def _check(n: int, k: int) -> None:

@@ -141,8 +141,8 @@ class _Index:
     """Where the pictures of a file are.
 
     Args:
-        times: presentation times in display order, in the stream's time base; where the file is not ``timed``,
-            the numbers of the pictures.
+        times: presentation times in display order, in the stream's time base; where the file is not
+            ``timed``, the numbers of the pictures.
         order: decoding position of each picture, in display order.
         keys: decoding positions of key frames, ascending.
         key_times: their presentation times.
