@@ -26,9 +26,10 @@ class Report(Callback):
     """Writes ``report.html``, the sections' pictures and ``answers.jsonl`` into the run or evaluation folder.
 
     Hook: ``on_test_end``, after every metric is computed. Each rank brings the module's ``test_answers``; all
-    ranks get them all, in the order of the data, and rank 0 writes and prints. Sections come from the module's
-    ``report_sections`` (see `ReportSource`); a module without one gets the table of its metrics. Nothing is
-    stored in checkpoints; a second test writes the same files again. With ``fast_dev_run`` nothing is written.
+    ranks get them all, in the order of the data, and rank 0 writes and prints. Sections come from the
+    module's ``report_sections`` (see `ReportSource`); a module without one gets the table of its metrics.
+    Nothing is stored in checkpoints; a second test writes the same files again. With ``fast_dev_run`` nothing
+    is written.
 
     Args:
         title: of the page; the name of the folder that holds the run by default.

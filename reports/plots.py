@@ -253,8 +253,7 @@ def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
 def _cells(axes: Axes, matrix: Matrix, low: float, high: float, show: Any) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    shades = LinearSegmentedColormap.from_list("shades", list(SHADES))
-    shades.set_bad("white")
+    shades = LinearSegmentedColormap.from_list("shades", list(SHADES)).with_extremes(bad="white")
     axes.imshow([list(r) for r in matrix], cmap=shades, vmin=low, vmax=high, aspect="auto")
     for r, row in enumerate(matrix):
         for c, value in enumerate(row):

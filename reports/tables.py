@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ def html_table(
         text_columns: columns beside the first that are set to the left.
     """
     row_class = row_class or {}
-    head = "".join(f"<th>{escape(t)}</th>" for t in header)
+    head = "".join(
+        f'<th class="text">{escape(t)}</th>' if c in text_columns else f"<th>{escape(t)}</th>"
+        for c, t in enumerate(header)
+    )
     lines = []
     for r, row in enumerate(rows):
         cells = []
@@ -87,6 +91,7 @@ def mode_values(results: Mapping[str, Any]) -> dict[str, list[float | None]]:
 def terminal_table(results: Mapping[str, Any], mode_names: Mapping[str, str]) -> Table:
     """The modes for the terminal: average, forgetting, and each domain, in percent."""
     from rich import box
+    from rich.markup import escape as escape_markup
     from rich.table import Table
 
     values = mode_values(results)
@@ -98,13 +103,14 @@ def terminal_table(results: Mapping[str, Any], mode_names: Mapping[str, str]) ->
         title="Accuracy on test questions after the last stage, %",
         title_justify="left",
         pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("mode", min_width=20)
-    for name in ("average", "forgetting", *results["domains"]):
-        table.add_column(name, justify="right", overflow="fold", min_width=5)
+    table.add_column("mode", min_width=16)
+    for name in ("average", "forget", *results["domains"]):
+        table.add_column(re.sub(r"[_ -]", r"\g<0>\n", escape_markup(name)), justify="right", no_wrap=True)
     for r, (mode, row) in enumerate(values.items()):
         cells = [f"[bold]{percent(v)}[/bold]" if (r, c) in best else percent(v) for c, v in enumerate(row)]
-        name = mode_names.get(mode, mode)
+        name = escape_markup(mode_names.get(mode, mode))
         table.add_row(f"{name} *" if mode == results["mode"] else name, *cells)
     table.caption = "* the configured mode; bold: best without the oracle, which is told the domain"
     table.caption_justify = "left"

@@ -207,9 +207,9 @@ def examples_section(test: ContinualTest, number: int = 12) -> Section:
         "<p>How the test questions fall into groups by who answered them right:</p>"
         f"{table}"
         '<p class="note">The examples are chosen by a fixed rule: the questions of a domain stand in the '
-        "order of the SHA-256 of their ids. The domains take turns, and each shows the next question of the next "
-        "group that has one, going through the groups of the table in a cycle; every domain begins one group "
-        f"further than the domain before it. So rare outcomes are shown more often here than they occur.</p>"
+        "order of the SHA-256 of their ids. The domains take turns, and each shows the next question of the "
+        "next group that has one, going through the groups of the table in a cycle; every domain begins one "
+        f"group further than the domain before it. So rare outcomes are shown more often than they occur.</p>"
         f'<div class="examples">{"".join(cards)}</div>'
     )
     return Section("Example questions", html)

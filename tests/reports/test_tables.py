@@ -1,0 +1,32 @@
+import math
+
+from rich.console import Console
+
+from fulgurite.reports.tables import best_cells, html_table, percent, terminal_table
+
+
+def test_percent():
+    assert [percent(v) for v in (0.12345, 1.0, -0.0001, math.nan, None)] == ["12.3", "100.0", "0.0", "–", "–"]
+
+
+def test_best_cells_tie_as_shown_and_skip_rows():
+    values = [[0.5001, None], [0.5004, 0.1], [0.9, math.nan], [0.4, 0.2]]
+    assert best_cells(values, skip=[2]) == {(0, 0), (1, 0), (3, 1)}
+
+
+def test_marks_of_a_table():
+    table = html_table(["a", "b"], [["1", "2"], ["3", "4"]], {(1, 1)}, {0: "chosen"}, [1])
+    assert '<tr class="chosen"><td>1</td><td class="text">2</td></tr>' in table
+    assert '<tr><td>3</td><td class="best text">4</td></tr>' in table
+
+
+def test_terminal_table_keeps_order_and_every_number_in_eighty_columns(continual):
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_table(continual.results, continual.mode_names))
+    lines = [line.split() for line in console.export_text().splitlines() if any(c.isdigit() for c in line)]
+    assert lines == [
+        ["dynamic", "merging", "*", "70.8", "0.0", "66.7", "75.0"],
+        ["router", "only", "58.3", "0.0", "66.7", "50.0"],
+        ["last", "adapter", "58.3", "73.3", "16.7", "100.0"],
+        ["oracle", "domain", "70.8", "0.0", "66.7", "75.0"],
+    ]
