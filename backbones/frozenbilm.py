@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,7 @@ class FrozenBiLM(VideoQABackbone):
     ) -> None:
         super().__init__(train_dropout)
         from transformers import DebertaV2Config
+        from transformers.initialization import no_init_weights
 
         if pretrained and config:
             raise ValueError("config changes the language model's shape: set pretrained: false with it")
@@ -143,8 +145,10 @@ class FrozenBiLM(VideoQABackbone):
         width = settings.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(init_seed)
-            self.deberta = build_encoder(settings)
-            self.lm_predictions = nn.ModuleDict({"lm_head": LanguageModelHead(settings)})
+            # Random values that a file replaces would take most of the time that building takes.
+            with no_init_weights() if pretrained or checkpoint is not None else nullcontext():
+                self.deberta = build_encoder(settings)
+                self.lm_predictions = nn.ModuleDict({"lm_head": LanguageModelHead(settings)})
             projection = nn.Linear(feature_dim, width)
             nn.init.normal_(projection.weight, std=settings.initializer_range)
             nn.init.zeros_(projection.bias)
@@ -159,6 +163,8 @@ class FrozenBiLM(VideoQABackbone):
         self.freeze()
 
     def _load(self, source: str | None, checkpoint: Path | None) -> None:
+        if source is None and checkpoint is None:
+            return
         imported = ImportedWeights({}, {}) if checkpoint is None else read_frozenbilm(checkpoint)
         own = self.state_dict()
         self.not_in_checkpoint = tuple(name for name in own if name not in imported.backbone)
@@ -166,8 +172,6 @@ class FrozenBiLM(VideoQABackbone):
         if source is not None and self.not_in_checkpoint:
             state.update(read_pretrained(source))
         state.update(imported.backbone)
-        if not state and not imported.adapters:
-            return
         lines = state_mismatches(state, own, optional=_PROJECTION if checkpoint is None else "")
         if imported.adapters:
             sites = {
