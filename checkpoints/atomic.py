@@ -204,8 +204,9 @@ def _swap_in(temporary: Path, path: Path) -> None:
     replaces = os.path.lexists(path)
     if replaces:
         os.rename(path, _old(path))
-        fault("renamed_away")
     try:
+        if replaces:
+            fault("renamed_away")
         os.rename(temporary, path)
     except BaseException:
         if replaces:

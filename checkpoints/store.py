@@ -222,6 +222,6 @@ def _document_name(name: str) -> str:
 
 
 def _checked(name: str) -> str:
-    if "/" in name or not is_inside(name):
+    if "/" in name or name.startswith(".") or not is_inside(name):
         raise RefusedError(f"file name {name!r} is not a plain name inside the checkpoint folder")
     return name

@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import collections
 import io
+import math
 import pickle
 import re
 import struct
@@ -25,18 +26,17 @@ import torch
 from fulgurite.checkpoints.errors import CheckpointError, DamagedError, MissingError, RefusedError
 
 _TORCH_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_ARRAY_TYPES = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdFDSU"}]
 # All that the pickle machine itself raises on a broken stream.
 _BROKEN = (
     pickle.UnpicklingError,
     EOFError,
     ValueError,
     TypeError,
-    KeyError,
-    IndexError,
+    LookupError,
     AttributeError,
     ImportError,
-    OverflowError,
+    ArithmeticError,
+    AssertionError,
     MemoryError,
     RecursionError,
     struct.error,
@@ -58,17 +58,21 @@ def load_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise MissingError(f"no file at {path}")
     try:
-        if zipfile.is_zipfile(path):
-            return _load_torch(path)
-        with open(path, "rb") as file:
-            first = _Unpickler(file, path).load()
-        return _load_torch(path) if first == _TORCH_LEGACY_MAGIC and type(first) is int else first
+        return _plain(_load(path), set())
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile) as error:
         raise DamagedError(
             f"{path} cannot be read as a pickle: {_short(error)}. Fetch the file again."
         ) from error
+
+
+def _load(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        return _load_torch(path)
+    with open(path, "rb") as file:
+        first = _Unpickler(file, path).load()
+    return _load_torch(path) if type(first) is int and first == _TORCH_LEGACY_MAGIC else first
 
 
 def _load_torch(path: Path) -> Any:
@@ -79,9 +83,7 @@ def _load_torch(path: Path) -> Any:
                     f"{path} is damaged: record {bad!r} fails its checksum. Fetch the file again."
                 )
     try:
-        with torch.serialization.safe_globals(
-            [*_ARRAY_TYPES, (_reconstruct, _reconstruct_name()), (_scalar, _scalar_name())]
-        ):
+        with torch.serialization.safe_globals([(value, name) for name, value in _NUMPY.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused_or_damaged(path, error) from error
@@ -107,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        known = _KNOWN.get((module.replace("numpy._core.", "numpy.core."), name))
+        known = _KNOWN.get(f"{module}.{name}")
         if known is None:
             raise _refusal(self.path, f"{module}.{name}")
         return known
@@ -116,16 +118,48 @@ class _Unpickler(pickle.Unpickler):
         raise _refusal(self.path, f"the external object {str(pid)[:80]!r}")
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], code: bytes | str) -> np.ndarray:
-    if kind is not np.ndarray or shape != (0,):
+class _DType:
+    """Stands in for numpy's dtype, whose own ``__setstate__`` trusts its input and can crash the process."""
+
+    def __init__(self, code: str | bytes, align: bool = False, copy: bool = False) -> None:
+        code = code.decode("ascii") if isinstance(code, bytes) else code
+        if not isinstance(code, str) or not _CODE.fullmatch(code):
+            raise ValueError(f"an array of type {code!r}")
+        self.real = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        order = state[1].decode("ascii") if isinstance(state[1], bytes) else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise ValueError(f"an array with byte order {order!r}")
+        self.real = self.real.newbyteorder(order)
+
+
+class _Array(np.ndarray):
+    """An array while it is being rebuilt: checks what numpy's own ``__setstate__`` would trust."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, is_fortran, data = state
+        data = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes):
+            raise ValueError("an array of objects")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.real.itemsize != len(data):
+            raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
+        super().__setstate__((1, shape, dtype.real, bool(is_fortran), data))
+
+
+def _reconstruct(kind: type, shape: tuple[int, ...], code: bytes | str) -> _Array:
+    if kind is not _Array or shape != (0,):
         raise ValueError("not an array written by numpy")
-    return np.ndarray.__new__(np.ndarray, shape, code)
+    return np.ndarray.__new__(_Array, (0,), np.uint8)
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    if dtype.hasobject or not isinstance(data, bytes):
-        raise ValueError("a numpy scalar of objects")
-    return np.frombuffer(data, dtype, count=1)[0]
+def _scalar(dtype: _DType, data: bytes | str) -> Any:
+    data = data.encode("latin1") if isinstance(data, str) else data
+    return np.frombuffer(data, dtype.real, count=1)[0]
+
+
+def _from_buffer(data: bytes, dtype: _DType, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(data, dtype.real).reshape(shape, order=order)
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -138,31 +172,39 @@ def _tensor_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _reconstruct_name() -> str:
-    return f"{np.zeros(0).__reduce__()[0].__module__}._reconstruct"
+def _plain(value: Any, seen: set[int]) -> Any:
+    """``value`` with numpy's own array type for the arrays in its containers."""
+    if isinstance(value, _Array):
+        return value.view(np.ndarray)
+    if isinstance(value, tuple):
+        return tuple(_plain(item, seen) for item in value)
+    if isinstance(value, (dict, list)) and id(value) not in seen:
+        seen.add(id(value))
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            value[key] = _plain(item, seen)
+    return value
 
 
-def _scalar_name() -> str:
-    return f"{np.float64(0).__reduce__()[0].__module__}.scalar"
-
-
-_KNOWN: dict[tuple[str, str], Callable[..., Any]] = {
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "bytearray"): bytearray,
-    ("builtins", "complex"): complex,
-    ("__builtin__", "set"): set,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("_codecs", "encode"): _encode,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy.core.numeric", "_frombuffer"): lambda data, dtype, shape, order: np.frombuffer(
-        data, dtype
-    ).reshape(shape, order=order),
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): _tensor_from_bytes,
+_CODE = re.compile(r"[biufc](1|2|4|8|16)|[SU][0-9]{1,6}")
+_NUMPY = {
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _DType,
+    "numpy.core.multiarray._reconstruct": _reconstruct,
+    "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _from_buffer,
+}
+_NUMPY |= {name.replace(".core.", "._core."): value for name, value in _NUMPY.items()}
+_KNOWN: dict[str, Callable[..., Any]] = {
+    **_NUMPY,
+    "builtins.set": set,
+    "__builtin__.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.bytearray": bytearray,
+    "builtins.complex": complex,
+    "collections.OrderedDict": collections.OrderedDict,
+    "_codecs.encode": _encode,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch.storage._load_from_bytes": _tensor_from_bytes,
 }
 
 
