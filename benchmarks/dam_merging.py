@@ -1,0 +1,125 @@
+"""Per-sample mixing of bottleneck adapters against one plain adapter and against the naive per-sample form.
+
+    python benchmarks/dam_merging.py [--rounds 15] [--threads 2]
+
+Every round runs all forms one after the other in this process; a form's time is its minimum over the rounds, and
+figures are multiples of the plain adapter's. The naive form is the published one: all K experts are weighted for
+every sample, (B, K, O, I), summed, and applied by einsum. Memory is the peak of what one call allocates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.mixing import Mixture
+from fulgurite.methods.routing.centroid import mixing_weights
+
+SAMPLES, POSITIONS, REDUCTION = 32, 74, 8
+
+
+def naive(experts: list[Bottleneck], weights: Tensor, y: Tensor) -> Tensor:
+    """The published form of per-sample merging."""
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        layers = [getattr(expert, name) for expert in experts]
+        matrices, biases = torch.stack([m.weight for m in layers]), torch.stack([m.bias for m in layers])
+        merged = (weights[:, :, None, None] * matrices).sum(1)  # (B, K, O, I) on the way
+        return torch.einsum("bsi,boi->bso", x, merged) + (weights[:, :, None] * biases).sum(1)[:, None]
+
+    return y + linear(F.relu(linear(y, "down")), "up")
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Highest sum of live tensor bytes that ``call`` allocates."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = live = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def minima(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Least seconds of every call over interleaved rounds."""
+    times: dict[str, float] = {}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken = time.perf_counter() - start
+            times[name] = min(times.get(name, taken), taken)
+    return times
+
+
+def draw(width: int, num_experts: int, generator: torch.Generator) -> tuple[list[Bottleneck], Tensor, Tensor]:
+    """Experts, top-2 weights with a distinct row per sample, and what leaves a site."""
+    experts = [Bottleneck(width, REDUCTION, init="official").requires_grad_(False) for _ in range(num_experts)]
+    for expert in experts:
+        expert.reset_parameters(generator)
+    similarities = 0.8 + 0.02 * torch.rand(SAMPLES, num_experts, generator=generator)
+    y = torch.randn(SAMPLES, POSITIONS, width, generator=generator)
+    return experts, mixing_weights(similarities, top_k=2, temperature=0.01), y
+
+
+@torch.no_grad()
+def measure(width: int, rounds: int) -> None:
+    """Print one width's figures."""
+    generator = torch.Generator().manual_seed(0)
+    cases = {num_experts: draw(width, num_experts, generator) for num_experts in (6, 50)}
+    calls: dict[str, Callable[[], object]] = {}
+    for num_experts, (experts, weights, y) in cases.items():
+        mixture = Mixture.of(weights)
+        difference = Bottleneck.mix(experts, mixture, y, y) - naive(experts, weights, y)
+        if difference.abs().max() > 1e-4:
+            raise ArithmeticError(f"forms differ by {difference.abs().max():.2e} at D={width}, K={num_experts}")
+        calls[f"plain {num_experts}"] = lambda e=experts, y=y: e[0](y, y)
+        calls[f"mixed {num_experts}"] = lambda e=experts, m=mixture, y=y: Bottleneck.mix(e, m, y, y)
+        calls[f"weights grouped {num_experts}"] = lambda w=weights: Mixture.of(w)
+    times = minima(calls, rounds)
+    naive_calls = {f"naive {k}": lambda c=c: naive(c[0], c[1], c[2]) for k, c in cases.items()}
+    times |= minima(naive_calls, max(2, rounds // 8))
+    plain = min(times["plain 6"], times["plain 50"])
+    print(f"\nD={width}: plain adapter {plain * 1e3:.2f} ms, {peak_bytes(calls['plain 6']) / 2**20:.1f} MiB")
+    for num_experts in cases:
+        mixed = times[f"mixed {num_experts}"]
+        print(
+            f"  K={num_experts:<3} mixed {mixed / plain:5.2f} x plain   naive {times[f'naive {num_experts}'] / plain:6.1f} x"
+            f" plain = {times[f'naive {num_experts}'] / mixed:5.1f} x mixed   "
+            f"grouping the weights, once per batch: {times[f'weights grouped {num_experts}'] * 1e3:.2f} ms"
+        )
+        print(
+            f"        memory: mixed {peak_bytes(calls[f'mixed {num_experts}']) / 2**20:.1f} MiB, "
+            f"naive {peak_bytes(naive_calls[f'naive {num_experts}']) / 2**20:.1f} MiB"
+        )
+    print(f"  K=50 against K=6: {times['mixed 50'] / times['mixed 6']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--widths", type=int, nargs="+", default=[1536, 768])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {options.threads} threads of "
+        f"{os.cpu_count()}, load {os.getloadavg()[0]:.2f}; B={SAMPLES}, S={POSITIONS}, reduction {REDUCTION}, top-2"
+    )
+    for width in options.widths:
+        measure(width, options.rounds)
+    print(f"load at the end {os.getloadavg()[0]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
