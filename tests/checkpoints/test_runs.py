@@ -49,7 +49,8 @@ def test_newest_is_by_time_of_writing(tmp_path):
         "epoch=1-step=20",
         "epoch=0-step=3",
         "last",
-    ](folder / "last").rename(folder / ".last.old")
+    ]
+    (folder / "last").rename(folder / ".last.old")
     assert newest_checkpoint(tmp_path) == folder / "last"
 
 
