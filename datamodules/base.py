@@ -288,8 +288,8 @@ class FulguriteDataModule(LightningDataModule):
         _, world = self._rank_and_world()
         if self.batch_size % world:
             raise DataError(
-                f"batch_size={self.batch_size} is the number of samples per step over all processes together and "
-                f"does not divide by {world} of them: set data.batch_size to a multiple of {world}"
+                f"batch_size={self.batch_size} is the number of samples per step over all processes together "
+                f"and does not divide by {world} of them: set data.batch_size to a multiple of {world}"
             )
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise DataError(

@@ -26,7 +26,7 @@ def official_dam(n: int, k: int) -> list[int]:
 
 
 def per_second(fps: float, n: int) -> list[int]:
-    """The first frame at or after each full second of ``n`` frames at ``fps``, none twice; at least frame 0."""
+    """The first frame at or after each full second of ``n`` frames at ``fps``, none twice; at least one."""
     if fps <= 0:
         raise ValueError(f"frames per second must be positive to sample by second, got {fps}")
     seconds = range(ceil(n / fps))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from fulgurite.checkpoints.errors import CheckpointError
 from fulgurite.samples import DataError, Sample, Video
 from fulgurite.samples import features as module

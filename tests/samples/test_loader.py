@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+
 from fulgurite.samples import DataError, Sample, sample_fields
 from fulgurite.samples.dataset import SampleDataset
 from fulgurite.samples.loader import ResumableLoader

@@ -1,9 +1,10 @@
 from collections import Counter
 
 import pytest
-from fulgurite.samples.sampler import GlobalBatchSampler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fulgurite.samples.sampler import GlobalBatchSampler
 
 
 @settings(deadline=None, max_examples=60)

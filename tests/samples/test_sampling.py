@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from fulgurite.samples import Video
 from fulgurite.samples.sampling import FrameSampling, official_dam, per_second, uniform
 

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from fulgurite.samples import DataError, Video
 from fulgurite.samples.video import FRAMES, FrameCache
 
@@ -103,13 +104,13 @@ def test_truncated_or_empty(videos, tmp_path, name, share):
 
 def test_fast_start_file_cut_in_its_data(tmp_path, videos):
     whole = tmp_path / "whole.mp4"
-    with av.open(str(videos["plain.mp4"])) as source:
-        with av.open(str(whole), "w", options={"movflags": "faststart"}) as target:
-            stream = target.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(video=0):
-                if packet.dts is not None:
-                    packet.stream = stream
-                    target.mux(packet)
+    options = {"movflags": "faststart"}
+    with av.open(str(videos["plain.mp4"])) as source, av.open(str(whole), "w", options=options) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
     assert Video(whole).num_frames == 40
     content = whole.read_bytes()
     for share in (0.5, 0.9):

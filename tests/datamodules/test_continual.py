@@ -1,0 +1,110 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fulgurite.datamodules.continual import ContinualDataModule
+from fulgurite.datamodules.jsonl import JsonlDataModule
+from fulgurite.samples import DataError
+
+
+def stream(folder, epochs=2, domains="ab", **options):
+    files = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+    parts = [JsonlDataModule(folder / d, domain=d, **files) for d in domains]
+    return ContinualDataModule(parts, epochs, **{"batch_size": 2, **options})
+
+
+def of(domain, count):
+    return [f"{domain}/{i + 1}" for i in range(count)]
+
+
+def test_facts_in_training_order(folder):
+    info = stream(folder, domains="ba").info()
+    assert info.domains == ("b", "a")
+    assert info.answers == ("b0", "b1", "b2", "both", "a0", "a1", "a2")
+    assert info.kinds == ("kind b", "kind a")
+    stages = stream(folder, [1, 3], domains="ba").stages()
+    assert [(s.name, s.domains, s.epochs, s.num_batches) for s in stages] == [
+        ("b", ("b",), 1, 4),
+        ("a", ("a",), 3, 4),
+    ]
+    joint = stream(folder, 5, joint=True).stages()
+    assert [(s.name, s.domains, s.epochs, s.num_batches) for s in joint] == [("all", ("a", "b"), 5, 7)]
+
+
+@pytest.mark.parametrize("validate", ["stage_end", "every_epoch"])
+def test_one_domain_a_stage_and_all_at_its_end(folder, trainer, watcher, validate):
+    t = trainer(max_epochs=4, num_sanity_val_steps=2)
+    data = stream(folder, validate=validate)
+    t.fit(watcher, datamodule=data)
+    for epoch, domain in enumerate("aabb"):
+        assert sorted(watcher.ids("train", epoch)) == of(domain, 7)
+    watcher.seen = [s for s in watcher.seen if s[0] != "val" or s[1] > 0]  # epoch 0 has the sanity check too
+    both = of("a", 3) + of("b", 3)
+    assert watcher.ids("val", 1) == watcher.ids("val", 3) == both
+    assert watcher.ids("val", 2) == (of("b", 3) if validate == "every_epoch" else [])
+    t.validate(watcher, datamodule=data)
+    t.test(watcher, datamodule=data)
+    assert watcher.ids("test") == of("a", 5) + of("b", 5)
+    predicted = t.predict(watcher, datamodule=data)
+    assert [i for ids in predicted for i in ids] == of("a", 5) + of("b", 5)
+
+
+def test_joint(folder, trainer, watcher):
+    trainer(max_epochs=2, reload_dataloaders_every_n_epochs=0).fit(
+        watcher, datamodule=stream(folder, 2, joint=True, validate="every_epoch")
+    )
+    assert sorted(watcher.ids("train", 1)) == of("a", 7) + of("b", 7)
+    assert watcher.ids("val", 0) == of("a", 3) + of("b", 3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_from_every_step_is_exact(folder, trainer, watcher, workers, tmp_path):
+    def saver():
+        return ModelCheckpoint(
+            tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=3, auto_insert_metric_name=False
+        )
+
+    options = {"max_epochs": 4, "enable_checkpointing": True}
+    start = copy.deepcopy(watcher)
+    trainer(**options, callbacks=[saver()]).fit(watcher, datamodule=stream(folder, num_workers=workers))
+    reference = [s for s in watcher.seen if s[0] == "train"]
+    assert len(reference) == 16
+    for step in (3, 9) if workers else (3, 6, 9, 12):
+        resumed = copy.deepcopy(start)
+        trainer(**options).fit(
+            resumed,
+            datamodule=stream(folder, num_workers=workers),
+            ckpt_path=tmp_path / "steps" / f"{step}.ckpt",
+        )
+        assert [s for s in resumed.seen if s[0] == "train"] == reference[step:]
+        assert torch.equal(resumed.map.weight, watcher.map.weight)
+
+
+def test_settings_that_stages_need(folder, trainer, watcher):
+    with pytest.raises(DataError, match="reload_dataloaders_every_n_epochs to 1"):
+        trainer(max_epochs=4, reload_dataloaders_every_n_epochs=0).fit(watcher, datamodule=stream(folder))
+    with pytest.raises(DataError, match="max_epochs to 4"):
+        trainer(max_epochs=9).fit(watcher, datamodule=stream(folder))
+    with pytest.raises(DataError, match=r"\['a'\] occur twice"):
+        stream(folder, domains="aa").info()
+    with pytest.raises(DataError, match="empty"):
+        ContinualDataModule([], 1)
+    for epochs in (0, [1], [1, 2, 3]):
+        with pytest.raises(DataError, match="epochs_per_domain"):
+            stream(folder, epochs)
+
+
+def test_fewer_epochs_end_with_all_domains(folder, trainer, watcher):
+    trainer(max_epochs=1, fast_dev_run=False).fit(watcher, datamodule=stream(folder))
+    assert watcher.ids("val", 0) == of("a", 3) + of("b", 3)
+
+
+def test_skipping_holds_for_all_domains(folder, trainer, watcher):
+    (folder / "b" / "0.mp4").write_bytes(b"")
+    data = stream(folder, 1, on_bad="skip")
+    trainer(max_epochs=2).fit(watcher, datamodule=data)
+    assert sorted(watcher.ids("train", 1)) == ["b/2", "b/3", "b/5", "b/6"]
+    assert data.stages()[1].num_batches == 2
+    assert {s["domain"] for s in data.skipped} == {"b"}

@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from fulgurite.datamodules.jsonl import JsonlDataModule
+from fulgurite.samples import DataError
+
+FILES = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
+
+
+def data(folder, **options):
+    return JsonlDataModule(folder / "a", domain="a", **{**FILES, "batch_size": 2, **options})
+
+
+def append(folder, split, row):
+    path = folder / "a" / f"{split}.jsonl"
+    line = row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode()
+    path.write_bytes(path.read_bytes() + line + b"\n")
+
+
+def test_samples_and_facts(folder):
+    module = data(folder)
+    first = module.samples("train")[0]
+    assert (first.id, first.domain, first.question, first.answers) == ("1", "a", "What is 0?", {"both": 1.0})
+    assert first.video.path == folder / "a" / "0.mp4"
+    assert len(module.samples("predict")) == 5
+    info = module.info()
+    assert info.answers == ("a0", "a1", "a2", "both")
+    assert (info.domains, info.kinds) == (("a",), ("kind a",))
+    assert module.stages()[0].num_batches == 4
+
+
+def test_forms_of_answers_and_optional_keys(folder):
+    rows = [
+        {
+            "video": "0.mp4",
+            "question": " q? ",
+            "answers": ["x", "y"],
+            "id": "k",
+            "speech": "hi",
+            "options": ["x"],
+        },
+        {"video": "0.mp4", "question": "q?", "answers": {"x": 1, "y": 0.5}, "source": "somewhere"},
+    ]
+    (folder / "a" / "own.jsonl").write_text(
+        "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
+    )
+    one, two = data(folder, train="own.jsonl").samples("train")
+    assert (one.id, one.question, one.answers, one.speech, one.options) == (
+        "k",
+        "q?",
+        {"x": 1.0, "y": 1.0},
+        "hi",
+        ("x",),
+    )
+    assert two.answers == {"x": 1.0, "y": 0.5}
+    assert two.id == "2"
+
+
+def test_vocabulary_filters_training_and_keeps_test(folder):
+    (folder / "a" / "vocabulary.json").write_text('["a1", "both"]')
+    module = data(folder, vocabulary="vocabulary.json")
+    assert {a for s in module.samples("train") for a in s.answers} == {"a1", "both"}
+    assert module.filtered == {("a", "train"): 7 - len(module.samples("train"))}
+    assert len(module.samples("test")) == 5
+    with pytest.raises(DataError, match=r"outside the vocabulary.*unknown_answers"):
+        data(folder, vocabulary="vocabulary.json", unknown_answers="error").samples("test")
+
+
+def test_prediction_needs_no_answers(folder, trainer, watcher):
+    (folder / "a" / "ask.jsonl").write_text('{"video": "1.mp4", "question": "Who?"}\n')
+    module = JsonlDataModule(folder / "a", predict="ask.jsonl", domain="a")
+    assert trainer().predict(watcher, datamodule=module) == [["1"]]
+    assert module.info().answers == ()
+
+
+GOOD = {"video": "0.mp4", "question": "q?", "answer": "a0"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**GOOD, "question": "  "}, r"train\.jsonl, line 8.*question"),
+        ({"question": "q?", "answer": "a"}, r"line 8.*'video'"),
+        ({"video": "0.mp4", "question": "q?"}, r"line 8.*no answer.*predict"),
+        ({**GOOD, "answer": 3}, r"line 8.*'answer'"),
+        ({**GOOD, "answer": ""}, r"line 8.*empty"),
+        ({**GOOD, "id": "2"}, r"'2' occurs twice"),
+    ],
+)
+def test_a_bad_row_stops_or_is_skipped(folder, row, message):
+    append(folder, "train", row)
+    with pytest.raises(DataError, match=message + r".*on_bad"):
+        data(folder).samples("train")
+    module = data(folder, on_bad="skip")
+    assert len(module.samples("train")) == 7
+    assert [(s["split"], s["domain"]) for s in module.skipped] == [("train", "a")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(b'{"video": "\xff"}', "line 8: not UTF-8"), (b"{broken", "line 8: not JSON"), (b"[1]", "line 8.*list")],
+)
+def test_a_bad_file_always_stops(folder, line, message):
+    append(folder, "train", line)
+    with pytest.raises(DataError, match=message):
+        data(folder, on_bad="skip").samples("train")
+
+
+def test_missing_file_and_vocabulary(folder):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
+        data(folder, train="none.jsonl").samples("train")
+    for content, message in (
+        ("[]", "list"),
+        ('["x", "x"]', "twice"),
+        ('{"x": 1}', "positions"),
+        ("{", "JSON"),
+    ):
+        (folder / "a" / "v.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            data(folder, vocabulary="v.json").info()
+
+
+def test_vocabulary_object_gives_the_order(folder):
+    (folder / "a" / "v.json").write_text('{"both": 1, "a1": 0}')
+    assert data(folder, vocabulary="v.json").info().answers == ("a1", "both")
