@@ -189,7 +189,9 @@ class FrozenBiLM(VideoQABackbone):
                 f"Set backbone.init_args.config or model to the shape of the file; a file of trained tensors "
                 f"alone needs pretrained: true."
             )
-        self.load_state_dict(state, strict=False)
+        # Assigned, not copied: a language model of gigabytes is in memory once.
+        fitting = {name: tensor.to(own[name].device, own[name].dtype) for name, tensor in state.items()}
+        self.load_state_dict(fitting, strict=False, assign=True)
         if checkpoint is not None and self.not_in_checkpoint:
             names = ", ".join(self.not_in_checkpoint)
             _log.info(
