@@ -22,6 +22,13 @@ from fulgurite.samples import Sample, Stage
 
 PICTURE = "accuracy_matrix.png"
 ROUTERS = ("Router", "Second router")
+STREAM_SCORES = {
+    "forgetting": "forgetting, from the best",
+    "forgetting_own": "forgetting, from its own stage",
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "unseen": "never trained domains",
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class ContinualTest:
 
     Args:
         results: ``modes`` (by mode ``matrix`` (T + 1, N), ``by_kind`` (N, kinds), ``average``,
-            ``forgetting``), ``confusion`` (one (T, T) per router), ``domains``, ``kinds``, ``mode`` (the
-            configured one).
+            ``forgetting``, ...), ``top10`` (N), ``confusion`` (one (T, T) per router), ``domains``,
+            ``kinds``, ``mode`` (the configured one).
         answers: every test question once, in any order: ``id``, ``domain``, ``kind``, ``gold`` (score by
             accepted answer), ``answers`` (by mode), ``weights`` (by adapter set).
         samples: the questions themselves; may be empty.
@@ -144,7 +151,7 @@ def stages_section(test: ContinualTest) -> Section:
     html = (
         f"<figure>{img_tag(matrices, 'Accuracy matrices over the stages')}</figure>"
         f"<figure>{img_tag(lines, 'Accuracy of every domain over the stages')}<figcaption>Dotted: before the "
-        "domain was trained. The marker is the stage that trained it.</figcaption></figure>"
+        f"domain was trained. The marker is the stage that trained it.</figcaption></figure>{_stream(test)}"
     )
     return Section("Over the stages", html, files={PICTURE: png_bytes(matrices, dpi=200)})
 
@@ -237,6 +244,19 @@ def _panel(test: ContinualTest, mode: str) -> Panel:
     return Panel(test.names[mode], scores["matrix"], " · ".join(parts))
 
 
+def _stream(test: ContinualTest) -> str:
+    modes = test.results["modes"]
+    keys = [k for k in STREAM_SCORES if any(k in scores for scores in modes.values())]
+    if not keys:
+        return ""
+    rows = [[test.names[m], *(percent(scores.get(k)) for k in keys)] for m, scores in modes.items()]
+    return (
+        "<p>Means over the domains, in points. Backward transfer: final accuracy minus that right after the "
+        "domain's own stage. Forward transfer: accuracy right before the domain's stage minus zero-shot.</p>"
+        f"{html_table(['mode', *(STREAM_SCORES[k] for k in keys)], rows)}"
+    )
+
+
 def _average_error(test: ContinualTest, mode: str) -> float:
     row = test.results["modes"][mode]["matrix"][-1]
     use = [(p, n) for p, n, t in zip(row, test.numbers, test.trained_from) if t is not None and n]
@@ -256,11 +276,12 @@ def _sampling(test: ContinualTest) -> str:
                 percent(_average_error(test, test.mode)),
                 *(percent(standard_error(p, n)) for p, n in zip(row, test.numbers)),
             ],
+            ["accepted answer among the best ten", "", *map(percent, test.results["top10"])],
         ],
     )
     return (
         "<h3>How exact these figures are</h3><p>Other test questions of the same kind would give other "
-        f"figures. One standard error of the configured mode, in points:</p>{table}"
+        f"figures. One standard error of the configured mode, in points, and its top-10 accuracy:</p>{table}"
     )
 
 

@@ -20,6 +20,22 @@ def test_marks_of_a_table():
     assert '<tr><td>3</td><td class="best text">4</td></tr>' in table
 
 
+def test_all_texts_are_escaped():
+    assert html_table(["<a>"], [["<b>"]], {(0, 0)}, text_columns=[0]) == (
+        '<div class="scroll"><table><thead><tr><th class="text">&lt;a&gt;</th></tr></thead>'
+        '<tbody><tr><td class="best text">&lt;b&gt;</td></tr></tbody></table></div>'
+    )
+
+
+def test_terminal_table_breaks_long_names_before_numbers(continual):
+    domains = ["vizdoom", "minigrid", "crafter", "emoji_names", "emoji_motion"]
+    modes = {m: s | {"matrix": [[0.5] * 5]} for m, s in continual.results["modes"].items()}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    results = continual.results | {"modes": modes, "domains": domains}
+    console.print(terminal_table(results, {"dynamic": "dynamic merging with a [long] name"}))
+    assert console.export_text().count(" 50.0") == 4 * 5
+
+
 def test_terminal_table_keeps_order_and_every_number_in_eighty_columns(continual):
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(terminal_table(continual.results, continual.mode_names))

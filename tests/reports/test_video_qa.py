@@ -38,6 +38,15 @@ def test_modes_are_compared_question_by_question(continual):
     assert "<td>standard error</td><td>14.5</td><td>19.2</td><td>21.7</td>" in html
 
 
+def test_scores_of_the_stream_are_shown_where_they_exist(continual):
+    results = json.loads(json.dumps(continual.results))
+    results["modes"]["last"]["forward_transfer"] = -0.055
+    html = by_title(sections_of_continual(replace(continual, results=results)))["Over the stages"].html
+    assert "<th>mode</th><th>forgetting, from the best</th><th>forward transfer</th>" in html
+    assert "<tr><td>last adapter</td><td>73.3</td><td>-5.5</td></tr>" in html
+    assert "<tr><td>router only</td><td>0.0</td><td>–</td></tr>" in html
+
+
 def test_kinds_without_questions_are_left_out(continual):
     html = by_title(sections_of_continual(continual))["Kinds of question"].html
     assert '<td>red</td><td class="text">colour</td><td>3</td><td>50.0</td>' in html
