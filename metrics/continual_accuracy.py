@@ -67,8 +67,8 @@ class ContinualAccuracy(Metric):
     def __init__(self, num_domains: int, num_stages: int, num_kinds: int = 0) -> None:
         super().__init__()
         shape = (num_stages + 1, num_domains, num_kinds + 1)
-        self.add_state("credit", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self.add_state("count", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        self.add_state("credit", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, stage: int, domain: Tensor, credit: Tensor, kind: Tensor | None = None) -> None:
         """Add samples seen after ``stage`` (0 = before any).
@@ -85,11 +85,6 @@ class ContinualAccuracy(Metric):
         size = self.credit[stage].numel()
         self.credit[stage] += torch.bincount(flat, credit.double(), minlength=size).view(-1, kinds)
         self.count[stage] += torch.bincount(flat, minlength=size).view(-1, kinds)
-
-    def clear_stage(self, stage: int) -> None:
-        """Forget what was counted for one row, before it is evaluated anew."""
-        self.credit[stage] = 0
-        self.count[stage] = 0
 
     def compute(self) -> dict[str, Tensor]:
         """``matrix`` (T + 1, N) and ``by_kind`` (T + 1, N, num_kinds); NaN where nothing was counted."""

@@ -52,7 +52,7 @@ class ContinualVideoQA(VideoQA):
         param_groups: see `VideoQA`.
     """
 
-    saved_parts = ("bank", "router", "second_router", "val_accuracy")
+    saved_parts = ("bank", "router", "second_router")
 
     def __init__(
         self,
@@ -124,8 +124,13 @@ class ContinualVideoQA(VideoQA):
         """Log the row; keep the live set where it is the stage's best so far."""
         super().on_validation_epoch_end()
         if self.selection == "best" and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            row = self.val_accuracy.compute()["matrix"][self.stage + 1]
-            own = row[[i for i, s in enumerate(self.own_stage) if s == self.stage + 1]].mean().item()
+            own = (
+                self.val_matrix[self.stage + 1][
+                    [i for i, s in enumerate(self.own_stage) if s == self.stage + 1]
+                ]
+                .mean()
+                .item()
+            )
             if own > self.best_accuracy:
                 self.best_accuracy = own
                 self.reshard()
@@ -196,10 +201,14 @@ class ContinualVideoQA(VideoQA):
         """Fresh counts: a matrix per mode, a confusion matrix per router, the answers themselves."""
         assert self.info is not None
         shape = len(self.info.domains), self.stage + 1, len(self.info.kinds)
-        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(self.device)
+        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(
+            self.device
+        )
         self.test_top10 = ContinualAccuracy(*shape).to(self.device)
         size = max(len(self.stages), 2)
-        self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(self.device)
+        self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(
+            self.device
+        )
         self.test_answers: list[dict[str, Any]] = []
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -255,7 +264,9 @@ class ContinualVideoQA(VideoQA):
                 m: {
                     "matrix": r["matrix"].tolist(),
                     "by_kind": r["by_kind"][-1].tolist(),
-                    **continual_scores(r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]),
+                    **continual_scores(
+                        r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]
+                    ),
                 }
                 for m, r in results.items()
             },
@@ -266,7 +277,14 @@ class ContinualVideoQA(VideoQA):
             "mode": self.mode,
         }
         for mode, scores in self.test_results["modes"].items():
-            for name in ("average", "forgetting", "forgetting_own", "backward_transfer", "forward_transfer", "unseen"):
+            for name in (
+                "average",
+                "forgetting",
+                "forgetting_own",
+                "backward_transfer",
+                "forward_transfer",
+                "unseen",
+            ):
                 if name in scores:
                     self.log(f"test/{mode}/{name}", scores[name])
             for name, value in zip(self.info.domains, scores["matrix"][-1]):

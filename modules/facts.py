@@ -33,7 +33,9 @@ def describe_difference(
         a, b = get(old), get(new)
         if a != b:
             gone, added = sorted(set(a) - set(b))[:3], sorted(set(b) - set(a))[:3]
-            lines.append(f"  {name}: {len(a)} built, {len(b)} given; missing {gone}, new {added}, order counts")
+            lines.append(
+                f"  {name}: {len(a)} built, {len(b)} given; missing {gone}, new {added}, order counts"
+            )
     if stage_names(old_stages) != stage_names(new_stages):
         lines.append(f"  stages: {stage_names(old_stages)} built, {stage_names(new_stages)} given")
     return "\n".join(lines + ["Use the DataModule settings of the checkpoint's config.yaml."])

@@ -110,10 +110,9 @@ def logits_of_rows(
         (R, B, A).
     """
     sample, weights, inverse = distinct_pairs(rows)
-    parts = [
-        forward(take(batch, sample[start : start + chunk]), weights[start : start + chunk])
-        for start in range(0, len(sample), chunk)
-    ]
-    for _ in range(agree(len(parts)) - len(parts)):
-        forward(take(batch, sample[:chunk]), weights[:chunk])
-    return torch.cat(parts)[inverse]
+    own = -(-len(sample) // chunk)
+    parts = []
+    for number in range(agree(own)):
+        part = slice(number * chunk, (number + 1) * chunk) if number < own else slice(chunk)
+        parts.append(forward(take(batch, sample[part]), weights[part]))
+    return torch.cat(parts[:own])[inverse]

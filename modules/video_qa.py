@@ -5,6 +5,7 @@ Legend: B batch, A answers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ class VideoQA(pl.LightningModule):
         param_groups: tensors with their own learning rate; the rest uses the optimizer's.
     """
 
-    saved_parts: tuple[str, ...] = ("bank", "val_accuracy")
+    saved_parts: tuple[str, ...] = ("bank",)
 
     def __init__(
         self,
@@ -105,7 +106,10 @@ class VideoQA(pl.LightningModule):
         self.backbone.set_answers(info.answers)
         self.info, self.stages = info, tuple(stages)
         self.answer_index = {answer: i for i, answer in enumerate(info.answers)}
-        self.val_accuracy = ContinualAccuracy(len(info.domains), len(stages), len(info.kinds))
+        self.val_accuracy = ContinualAccuracy(len(info.domains), 0, len(info.kinds)).to(self.device)
+        # R[t, i] on the validation split; part of every checkpoint, since a resumed run does not measure it again.
+        nothing = torch.full((len(stages) + 1, len(info.domains)), math.nan, dtype=torch.float64)
+        self.register_buffer("val_matrix", nothing.to(self.device))
 
     def load_initial(self) -> None:
         """Give ``initial`` and the live set the same start, the backbone's own adapters where it brings some."""
@@ -126,6 +130,7 @@ class VideoQA(pl.LightningModule):
         if self.device_mesh is None or isinstance(self, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
+        self.backbone.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights
         for tower in self.backbone.spec.towers:
             for name in self.backbone.spec.block_names(self.backbone, tower.name):
                 fully_shard(self.backbone.get_submodule(name), mesh=mesh)
@@ -237,31 +242,33 @@ class VideoQA(pl.LightningModule):
         return steps
 
     def on_validation_start(self) -> None:
-        """Each validation counts its row anew."""
-        self.val_accuracy.clear_stage(self.stage + 1)
+        """Each validation counts anew."""
+        self.val_accuracy.reset()
 
     def evaluation_logits(self, batch: Batch) -> Tensor:
         """(B, A) scores with which validation judges the model."""
         return self(batch).logits
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count one batch for the row of the current stage."""
-        self.count(self.val_accuracy, self.stage + 1, batch, self.evaluation_logits(batch))
+        """Count one batch."""
+        self.count(self.val_accuracy, batch, self.evaluation_logits(batch))
 
-    def count(self, metric: ContinualAccuracy, stage: int, batch: Batch, logits: Tensor) -> None:
+    def count(self, metric: ContinualAccuracy, batch: Batch, logits: Tensor) -> None:
         """Add the counted samples of a batch whose domain the module knows."""
         scores, domains, kinds = self.targets(batch)
         use = batch["counted"] & (domains >= 0)
-        metric.update(stage, domains[use], answer_credit(logits[use], scores[use]), kinds[use])
+        metric.update(0, domains[use], answer_credit(logits[use], scores[use]), kinds[use])
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/accuracy`` over the domains that were validated, and one value per domain."""
-        self.log_row("val", self.val_accuracy, self.stage + 1)
+        """Keep the row; log ``val/accuracy`` over the domains that were validated, and one value per domain."""
+        row = self.val_accuracy.compute()["matrix"][0]
+        if not self.trainer.sanity_checking:
+            self.val_matrix[self.stage + 1] = row
+        self.log_row("val", row)
 
-    def log_row(self, prefix: str, metric: ContinualAccuracy, stage: int) -> None:
-        """Log one row of an accuracy matrix; every rank calls it."""
+    def log_row(self, prefix: str, row: Tensor) -> None:
+        """Log (N,) accuracies; every rank calls it."""
         assert self.info is not None
-        row = metric.compute()["matrix"][stage]
         seen = ~row.isnan()
         if self.trainer.sanity_checking or not seen.any():
             return
@@ -273,15 +280,17 @@ class VideoQA(pl.LightningModule):
     def on_test_start(self) -> None:
         """A fresh count for every test."""
         assert self.info is not None
-        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(self.device)
+        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(
+            self.device
+        )
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch."""
-        self.count(self.test_accuracy, 0, batch, self.evaluation_logits(batch))
+        self.count(self.test_accuracy, batch, self.evaluation_logits(batch))
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` and one value per domain."""
-        self.log_row("test", self.test_accuracy, 0)
+        self.log_row("test", self.test_accuracy.compute()["matrix"][0])
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with probabilities for every counted sample."""
@@ -300,17 +309,23 @@ class VideoQA(pl.LightningModule):
             rows.append({"id": batch["id"][b], **best[0], "top": best})
         return rows
 
-    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """The delta alone: adapter sets, router, validation counts. The frozen backbone is never in it."""
+    def state_dict(
+        self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The delta alone: adapter sets, router, validation matrix. The frozen backbone is never in it."""
         self.reshard()
         out: dict[str, Any] = {}
         for part in self.saved_parts:
             module = getattr(self, part, None)
             if module is not None:
                 module.state_dict(destination=out, prefix=f"{prefix}{part}.", keep_vars=keep_vars)
+        if self.info is not None:
+            out[f"{prefix}val_matrix"] = self.val_matrix if keep_vars else self.val_matrix.detach()
         return out
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Strict over everything that the delta holds; one error lists all differences.
 
         Raises:
@@ -376,4 +391,3 @@ class VideoQA(pl.LightningModule):
             if name != INITIAL:
                 self.bank.remove(name)
         self.info = None
-

@@ -57,45 +57,48 @@ def stream_folder(tmp_path_factory):
     return root
 
 
+def stream_data(root, domains=DOMAINS, epochs_per_domain=2, batch_size=8, **options):
+    files = {split: f"{split}.jsonl" for split in SIZES}
+    parts = [JsonlDataModule(root / d, domain=d, **files) for d in domains]
+    return ContinualDataModule(parts, epochs_per_domain, batch_size=batch_size, **options)
+
+
+def tiny_backbone():
+    torch.manual_seed(0)
+    return PrefixEncoder(
+        frame_encoder=TimmFrameEncoder("test_efficientnet", weights=None, size=64, grid=2),
+        num_frames=2,
+        pretrained=False,
+        text_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+        routing_layer=-2,
+    )
+
+
+def stream_module(cls=ContinualVideoQA, lr=1e-2, **options):
+    backbone = tiny_backbone()
+    torch.manual_seed(0)
+    placements = [
+        Placement(["attention_output", "feed_forward_output"], functools.partial(Bottleneck, reduction=8)),
+        Placement(["video_projection"], Replace),
+    ]
+    if cls is ContinualVideoQA:
+        options.setdefault("second_router", CentroidRouter(normalize_parts=True))
+    return cls(backbone, placements, optimizer=functools.partial(torch.optim.AdamW, lr=lr), **options)
+
+
 @pytest.fixture
 def make_data(stream_folder):
-    def make(domains=DOMAINS, epochs_per_domain=2, batch_size=8, **options):
-        files = {split: f"{split}.jsonl" for split in SIZES}
-        parts = [JsonlDataModule(stream_folder / d, domain=d, **files) for d in domains]
-        return ContinualDataModule(parts, epochs_per_domain, batch_size=batch_size, **options)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_backbone():
-    def make(**options):
-        torch.manual_seed(0)
-        return PrefixEncoder(
-            frame_encoder=TimmFrameEncoder("test_efficientnet", weights=None, size=64, grid=2),
-            num_frames=2,
-            pretrained=False,
-            text_config={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
-            routing_layer=-2,
-            **options,
-        )
-
-    return make
+    return functools.partial(stream_data, stream_folder)
 
 
 @pytest.fixture
-def make_module(make_backbone):
-    def make(cls=ContinualVideoQA, lr=1e-2, **options):
-        torch.manual_seed(0)
-        placements = [
-            Placement(["attention_output", "feed_forward_output"], functools.partial(Bottleneck, reduction=8)),
-            Placement(["video_projection"], Replace),
-        ]
-        if cls is ContinualVideoQA:
-            options.setdefault("second_router", CentroidRouter(normalize_parts=True))
-        return cls(make_backbone(), placements, optimizer=functools.partial(torch.optim.AdamW, lr=lr), **options)
-
-    return make
+def make_module():
+    return stream_module
 
 
 @pytest.fixture
@@ -118,3 +121,23 @@ def make_trainer(tmp_path):
         return pl.Trainer(**{**defaults, **options})
 
     return make
+
+
+def run(trainer, root):
+    """Fit and test; losses, accuracy matrices, router sums and the trained sets as whole tensors."""
+    module = stream_module()
+    data = stream_data(root)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in module.state_dict().items()}
+    return {
+        "losses": trainer.callbacks[0].seen,
+        "results": module.test_results,
+        "state": {k: v.detach().clone() for k, v in state.items()},
+        "metrics": {k: v.item() for k, v in trainer.callback_metrics.items()},
+    }
+
+
+@pytest.fixture(scope="session")
+def stream_helpers():
+    return run
