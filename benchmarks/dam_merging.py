@@ -2,20 +2,18 @@
 
     python benchmarks/dam_merging.py [--rounds 15] [--threads 2]
 
-Every round runs all forms one after the other in this process; a form's time is its minimum over the rounds, and
-figures are multiples of the plain adapter's. The naive form is the published one: all K experts are weighted for
-every sample, (B, K, O, I), summed, and applied by einsum. Memory is the peak of what one call allocates.
+Every round runs all forms one after the other in this process; a form's time is its minimum over the rounds,
+and figures are multiples of the plain adapter's. The naive form is the published one: all K experts are weighted
+for every sample, (B, K, O, I), summed, and applied by einsum. Memory is the peak of what one call allocates.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import time
 from collections.abc import Callable
 
 import torch
+from measure import load, machine, minima, peak_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -36,30 +34,6 @@ def naive(experts: list[Bottleneck], weights: Tensor, y: Tensor) -> Tensor:
         return torch.einsum("bsi,boi->bso", x, merged) + (weights[:, :, None] * biases).sum(1)[:, None]
 
     return y + linear(F.relu(linear(y, "down")), "up")
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Highest sum of live tensor bytes that ``call`` allocates."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    peak = live = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
-def minima(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Least seconds of every call over interleaved rounds."""
-    times: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken = time.perf_counter() - start
-            times[name] = min(times.get(name, taken), taken)
-    return times
 
 
 def draw(width: int, num_experts: int, generator: torch.Generator) -> tuple[list[Bottleneck], Tensor, Tensor]:
@@ -85,22 +59,19 @@ def measure(width: int, rounds: int) -> None:
             raise ArithmeticError(f"forms differ by {difference.abs().max():.2e} at D={width}, K={num_experts}")
         calls[f"plain {num_experts}"] = lambda e=experts, y=y: e[0](y, y)
         calls[f"mixed {num_experts}"] = lambda e=experts, m=mixture, y=y: Bottleneck.mix(e, m, y, y)
-        calls[f"weights grouped {num_experts}"] = lambda w=weights: Mixture.of(w)
+        calls[f"grouping {num_experts}"] = lambda w=weights: Mixture.of(w)
     times = minima(calls, rounds)
     naive_calls = {f"naive {k}": lambda c=c: naive(c[0], c[1], c[2]) for k, c in cases.items()}
     times |= minima(naive_calls, max(2, rounds // 8))
     plain = min(times["plain 6"], times["plain 50"])
     print(f"\nD={width}: plain adapter {plain * 1e3:.2f} ms, {peak_bytes(calls['plain 6']) / 2**20:.1f} MiB")
     for num_experts in cases:
-        mixed = times[f"mixed {num_experts}"]
+        mixed, slow = times[f"mixed {num_experts}"], times[f"naive {num_experts}"]
+        memory = peak_bytes(calls[f"mixed {num_experts}"]), peak_bytes(naive_calls[f"naive {num_experts}"])
         print(
-            f"  K={num_experts:<3} mixed {mixed / plain:5.2f} x plain   naive {times[f'naive {num_experts}'] / plain:6.1f} x"
-            f" plain = {times[f'naive {num_experts}'] / mixed:5.1f} x mixed   "
-            f"grouping the weights, once per batch: {times[f'weights grouped {num_experts}'] * 1e3:.2f} ms"
-        )
-        print(
-            f"        memory: mixed {peak_bytes(calls[f'mixed {num_experts}']) / 2**20:.1f} MiB, "
-            f"naive {peak_bytes(naive_calls[f'naive {num_experts}']) / 2**20:.1f} MiB"
+            f"  K={num_experts:<3} mixed {mixed / plain:5.2f} x plain, {memory[0] / 2**20:.1f} MiB   "
+            f"naive {slow / plain:6.1f} x plain, {memory[1] / 2**20:.0f} MiB = {slow / mixed:.1f} x mixed   "
+            f"(finding equal rows, once per batch: {times[f'grouping {num_experts}'] * 1e3:.2f} ms)"
         )
     print(f"  K=50 against K=6: {times['mixed 50'] / times['mixed 6']:.2f}")
 
@@ -112,13 +83,10 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[1536, 768])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(
-        f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {options.threads} threads of "
-        f"{os.cpu_count()}, load {os.getloadavg()[0]:.2f}; B={SAMPLES}, S={POSITIONS}, reduction {REDUCTION}, top-2"
-    )
+    print(f"{machine(options.threads)}; B={SAMPLES}, S={POSITIONS}, reduction {REDUCTION}, top-2")
     for width in options.widths:
         measure(width, options.rounds)
-    print(f"load at the end {os.getloadavg()[0]:.2f}")
+    print(f"at the end: {load()}")
 
 
 if __name__ == "__main__":
