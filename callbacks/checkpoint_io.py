@@ -11,7 +11,14 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from fulgurite.checkpoints import load_document, load_tensors, remove, save_checkpoint_folder
+from fulgurite.checkpoints import (
+    CheckpointError,
+    load_document,
+    load_tensors,
+    read_manifest,
+    remove,
+    save_checkpoint_folder,
+)
 
 MANIFEST_KEY = "fulgurite"
 METRICS_KEY = "fulgurite_metrics"
@@ -59,8 +66,11 @@ class DigestCheckpointIO(CheckpointIO):
         ``map_location`` and ``weights_only`` change nothing: tensors are mapped from the file, and nothing
         else than plain values can be in it. Raises `CheckpointError`.
         """
+        manifest = read_manifest(path)
         checkpoint = load_document(path, "state")
         checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], load_tensors(path, "weights"))
+        if read_manifest(path).digest != manifest.digest:
+            raise CheckpointError(f"{path} was replaced by another process while it was read; load it again")
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:

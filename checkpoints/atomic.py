@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fulgurite.checkpoints.errors import WriteError
+from fulgurite.checkpoints.errors import CheckpointError, WriteError
 
 FOLDER_FAULT_POINTS = (
     "opened",
@@ -74,6 +74,15 @@ def naming(path: Path) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "See the operating system's message.")
         raise WriteError(f"cannot write {path}: {error.strerror or error}. {advice}", error.errno) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block into a `CheckpointError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

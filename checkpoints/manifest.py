@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fulgurite.checkpoints.atomic import naming, resolve
+from fulgurite.checkpoints.atomic import naming, reading, resolve
 from fulgurite.checkpoints.digest import algorithm_of, digest_of_bytes
 from fulgurite.checkpoints.errors import (
     CheckpointError,
@@ -105,10 +105,8 @@ def read_manifest(path: str | Path) -> Manifest:
     file = resolve(path) / MANIFEST_NAME
     if not file.is_file():
         raise MissingError(_missing(Path(path)))
-    try:
+    with reading(file):
         data = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     value = _checked_json(file, data)
     version = value.get("format_version")
     if version != FORMAT_VERSION:

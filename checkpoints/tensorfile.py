@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fulgurite.checkpoints.atomic import fault, naming
+from fulgurite.checkpoints.atomic import fault, naming, reading
 from fulgurite.checkpoints.digest import (
     DEFAULT,
     Digest,
@@ -151,7 +151,7 @@ def check_file(path: Path, record: FileRecord) -> None:
     digest.
     """
     check_size(path, record)
-    with open(path, "rb") as file:
+    with reading(path), open(path, "rb") as file:
         if record.bytes == 0:
             found = digest_of_bytes(b"", algorithm_of(record.digest))
         else:

@@ -10,10 +10,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from fulgurite.callbacks import checkpoint_io
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.rng import RandomStates, read_states, write_states
-from fulgurite.checkpoints import DamagedError, MissingError, RefusedError, read_manifest, verify
+from fulgurite.checkpoints import (
+    CheckpointError,
+    DamagedError,
+    MissingError,
+    RefusedError,
+    read_manifest,
+    verify,
+)
 
 BASE = {"source": "tiny", "digest": "xxh3_128:0a"}
 
@@ -120,6 +128,7 @@ def test_resume_is_bitwise(unbroken, tmp_path, step):
     _, resumed = fit(tmp_path, PublishedCheckpoint(every_n_train_steps=8), ckpt_path=path)
     assert resumed.losses == model.losses[step:]
     # A step checkpoint on an epoch's last batch waits for the validation of that epoch.
+    assert "val/loss" in read_manifest(path).metrics
     assert resumed.validated_at == [at for at in model.validated_at if at > step]
     state = resumed.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -233,6 +242,20 @@ def test_other_values_in_a_state_dict_and_module_versions(tmp_path):
     assert found._metadata[""]["version"] == 2
     io.remove_checkpoint(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypatch):
+    io, path = DigestCheckpointIO(), tmp_path / "last"
+    io.save_checkpoint({"state_dict": {"w": torch.zeros(1)}, "global_step": 1}, path)
+    load = checkpoint_io.load_tensors
+
+    def replace_first(*args):
+        io.save_checkpoint({"state_dict": {"w": torch.ones(1)}, "global_step": 2}, path)
+        return load(*args)
+
+    monkeypatch.setattr(checkpoint_io, "load_tensors", replace_first)
+    with pytest.raises(CheckpointError, match="last was replaced"):
+        io.load_checkpoint(path)
 
 
 def test_crashed_leftovers_are_cleared_at_the_start(tmp_path):
