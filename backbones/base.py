@@ -84,3 +84,9 @@ class VideoQABackbone(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Digest of the frozen weights, recorded in every checkpoint that stands on them."""
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` (B, S, D) over the positions where ``mask`` (B, S) is True. Returns (B, D)."""
+    weight = mask.unsqueeze(-1).to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -89,9 +89,7 @@ def build_encoder(config: Any) -> nn.Module:
             f"{config.position_biased_input} and {config.relative_attention}"
         )
     if getattr(config, "embedding_size", config.hidden_size) != config.hidden_size:
-        raise ValueError(
-            f"embedding_size={config.embedding_size} must equal hidden_size={config.hidden_size}"
-        )
+        raise ValueError(f"embedding_size={config.embedding_size} must equal hidden_size={config.hidden_size}")
     encoder = DebertaV2Model(config)
     positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
     nn.init.normal_(positions.weight, std=config.initializer_range)
@@ -118,9 +116,7 @@ def decode_masks(encoder: nn.Module, states: Tensor, mask: Tensor) -> Tensor:
     table = stack.get_rel_embedding()
     query = encoder.embeddings.position_embeddings.weight[: states.shape[1]] + states
     for _ in range(2):
-        query, _ = stack.layer[-1](
-            states, pairs, query_states=query, relative_pos=distances, rel_embeddings=table
-        )
+        query, _ = stack.layer[-1](states, pairs, query_states=query, relative_pos=distances, rel_embeddings=table)
     return query
 
 

@@ -198,9 +198,7 @@ class OpenClipFrameEncoder(FrameEncoder):
         import open_clip
 
         if open_clip.get_model_config(model) is None:
-            raise ValueError(
-                f"open_clip has no model {model!r}; it has {open_clip.list_models()[:5]} and more"
-            )
+            raise ValueError(f"open_clip has no model {model!r}; it has {open_clip.list_models()[:5]} and more")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             tower = open_clip.create_model(model, pretrained=pretrained).visual
@@ -281,6 +279,5 @@ def load_weights(model: nn.Module, path: Path, name: str) -> None:
 
 def _same_order(found: Sequence[tuple[str, Tensor]], wanted: Sequence[tuple[str, Tensor]]) -> bool:
     return len(found) == len(wanted) and all(
-        f.shape == w.shape and a.rpartition(".")[2] == b.rpartition(".")[2]
-        for (a, f), (b, w) in zip(found, wanted)
+        f.shape == w.shape and a.rpartition(".")[2] == b.rpartition(".")[2] for (a, f), (b, w) in zip(found, wanted)
     )

@@ -122,11 +122,7 @@ class FrozenBiLM(VideoQABackbone):
             raise ValueError("config changes the language model's shape: set pretrained: false with it")
         source = resolve_source(model)
         self.tokenizer_source = source if tokenizer is None else resolve_source(tokenizer)
-        settings = (
-            DebertaV2Config.from_pretrained(source)
-            if pretrained
-            else DebertaV2Config(**XLARGE | (config or {}))
-        )
+        settings = DebertaV2Config.from_pretrained(source) if pretrained else DebertaV2Config(**XLARGE | (config or {}))
         if max_frames + max_tokens > settings.max_position_embeddings:
             raise ValueError(
                 f"max_frames={max_frames} and max_tokens={max_tokens} together pass the "
@@ -134,9 +130,7 @@ class FrozenBiLM(VideoQABackbone):
             )
         if frame_encoder is not None:
             if frame_encoder.tokens != 1:
-                raise ValueError(
-                    f"frame_encoder gives {frame_encoder.tokens} tokens per frame; set its grid to 0"
-                )
+                raise ValueError(f"frame_encoder gives {frame_encoder.tokens} tokens per frame; set its grid to 0")
             features, feature_dim = frame_encoder.name, frame_encoder.width
         self.features, self.feature_dim, self.max_frames = features, feature_dim, max_frames
         self.max_tokens, self.max_answer_tokens = max_tokens, max_answer_tokens
@@ -226,9 +220,7 @@ class FrozenBiLM(VideoQABackbone):
         if tokenizer.mask_token is None or tokenizer.pad_token is None:
             raise ValueError(f"the tokenizer of {self.tokenizer_source} needs a mask and a padding token")
         if len(tokenizer) > size:
-            raise ValueError(
-                f"{self.tokenizer_source} has {len(tokenizer)} tokens, the language model {size}"
-            )
+            raise ValueError(f"{self.tokenizer_source} has {len(tokenizer)} tokens, the language model {size}")
         return tokenizer
 
     def collator(self, stage: str) -> FrozenBiLMCollator:
@@ -248,19 +240,14 @@ class FrozenBiLM(VideoQABackbone):
         """Means of the token embeddings of each answer, (A, D), and biases, (A,)."""
         repeated = [answer for answer, count in Counter(answers).items() if count > 1]
         if not answers or repeated:
-            raise ValueError(
-                f"the answer vocabulary must be non-empty and without repeats; repeated: {repeated[:5]}"
-            )
+            raise ValueError(f"the answer vocabulary must be non-empty and without repeats; repeated: {repeated[:5]}")
         tokens = self.tokenizer(
             list(answers), add_special_tokens=False, truncation=True, max_length=self.max_answer_tokens
         )["input_ids"]
         embedding, bias = self.deberta.embeddings.word_embeddings.weight, self.lm_predictions["lm_head"].bias
         width = max(map(len, tokens))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=embedding.device)
-        real = (
-            torch.arange(width, device=embedding.device)
-            < ids.new_tensor([len(row) for row in tokens])[:, None]
-        )
+        real = torch.arange(width, device=embedding.device) < ids.new_tensor([len(row) for row in tokens])[:, None]
         count = real.sum(1).clamp(min=1)
         self.answers = tuple(answers)
         self.answer_table = (embedding[ids] * real[..., None]).sum(1) / count[:, None]
@@ -298,10 +285,10 @@ class FrozenBiLM(VideoQABackbone):
         at_mask = states[torch.arange(states.shape[0], device=states.device), position]  # (B, D)
         logits = self.lm_predictions["lm_head"](at_mask, self.answer_table, self.answer_offset)
         if batch.get("video") is not None:
-            frames = _masked_mean(batch["video"].float(), batch["video_mask"])
+            frames = masked_mean(batch["video"].float(), batch["video_mask"])
         else:
             frames = states.new_zeros(states.shape[0], self.feature_dim, dtype=torch.float32)
-        return QAOutput(logits, (frames, _masked_mean(hidden[self.routing_layer].float(), mask)))
+        return QAOutput(logits, (frames, masked_mean(hidden[self.routing_layer].float(), mask)))
 
     @property
     def routing_widths(self) -> tuple[int, ...]:
@@ -312,11 +299,6 @@ class FrozenBiLM(VideoQABackbone):
     def fingerprint(self) -> str:
         """Digest of all frozen weights as they are at first use; reads every weight once."""
         return digest_of_state(self.state_dict())
-
-
-def _masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    weight = mask.unsqueeze(-1).to(x.dtype)  # (B, S, 1)
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _spec(layers: int, width: int) -> ModelSpec:

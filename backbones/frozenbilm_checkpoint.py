@@ -23,9 +23,7 @@ _ADAPTER = re.compile(
     r"(deberta\.encoder\.layer\.\d+\.(?:attention\.)?output)\.adapter\.((?:down|up)\.(?:weight|bias))"
 )
 # Rebuilt from the run's own answers, or a plain count of positions.
-_IGNORED = re.compile(
-    r"answer_embeddings\.weight|answer_bias|deberta\.embeddings\.position_ids|mask_predictions\..*"
-)
+_IGNORED = re.compile(r"answer_embeddings\.weight|answer_bias|deberta\.embeddings\.position_ids|mask_predictions\..*")
 
 
 @dataclass(frozen=True)
@@ -71,13 +69,9 @@ def read_frozenbilm(path: str | Path) -> ImportedWeights:
     return ImportedWeights(backbone, adapters, tuple(ignored))
 
 
-def adapter_mismatches(
-    adapters: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, nn.Linear]
-) -> list[str]:
+def adapter_mismatches(adapters: Mapping[str, Mapping[str, Tensor]], sites: Mapping[str, nn.Linear]) -> list[str]:
     """One line for each tensor by which ``adapters`` is not one bottleneck per site of ``sites``."""
-    lines = [
-        f"{site}: adapter in the file, no such layer in the model" for site in adapters if site not in sites
-    ]
+    lines = [f"{site}: adapter in the file, no such layer in the model" for site in adapters if site not in sites]
     for site, layer in sites.items():
         tensors = adapters.get(site, {})
         width = layer.out_features
@@ -95,9 +89,7 @@ def adapter_mismatches(
     return lines
 
 
-def state_mismatches(
-    state: Mapping[str, Tensor], model: Mapping[str, Tensor], optional: str = ""
-) -> list[str]:
+def state_mismatches(state: Mapping[str, Tensor], model: Mapping[str, Tensor], optional: str = "") -> list[str]:
     """One line for each name or shape by which ``state`` differs from ``model``.
 
     Args:

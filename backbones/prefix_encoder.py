@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulgurite.backbones.base import QAOutput, VideoQABackbone
+from fulgurite.backbones.base import QAOutput, VideoQABackbone, masked_mean
 from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_state
@@ -199,9 +199,3 @@ class PrefixEncoder(VideoQABackbone):
     def fingerprint(self) -> str:
         """Digest of text encoder, frame encoder and the start of the video projection."""
         return digest_of_state(self.state_dict())
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``x`` (B, S, D) over the positions where ``mask`` (B, S) is True. Returns (B, D)."""
-    weight = mask.unsqueeze(-1).to(x.dtype)
-    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)

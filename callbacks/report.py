@@ -56,9 +56,7 @@ class Report(Callback):
             lines = [json.dumps(row, ensure_ascii=False) for row in pl_module.test_answers]
             write_text(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
         title = self.title or folder.resolve().name
-        subtitle = (
-            f"{type(pl_module).__name__} on {type(data).__name__}" if data else type(pl_module).__name__
-        )
+        subtitle = f"{type(pl_module).__name__} on {type(data).__name__}" if data else type(pl_module).__name__
         page = render_page(title, subtitle, sections, run_facts(trainer, len(samples), folder))
         write_text(folder / "report.html", page)
         show(sections, folder / "report.html")
@@ -76,9 +74,7 @@ def gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def in_order(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Rows in the order of ``samples``, those of no sample behind them by domain and id."""
     place = {(s.domain, s.id): i for i, s in enumerate(samples)}
-    return sorted(
-        rows, key=lambda r: (place.get((r["domain"], r["id"]), len(place)), str(r["domain"]), str(r["id"]))
-    )
+    return sorted(rows, key=lambda r: (place.get((r["domain"], r["id"]), len(place)), str(r["domain"]), str(r["id"])))
 
 
 def metrics_section(metrics: Mapping[str, Any]) -> Section:
@@ -109,13 +105,16 @@ def run_facts(trainer: Trainer, questions: int, folder: Path) -> dict[str, str]:
 
 
 def show(sections: Sequence[Section], page: Path) -> None:
-    """What the sections have for the terminal, and where the page lies."""
+    """What the sections have for the terminal, at least as wide as it must be, and where the page lies."""
     from rich.console import Console
+    from rich.measure import Measurement
 
     console = Console()
     if not console.is_terminal:
         console.width = 120
     for section in sections:
         if section.printed is not None:
+            wide = console.options.update(max_width=10_000)
+            console.width = max(console.width, Measurement.get(console, wide, section.printed).minimum)
             console.print(section.printed)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

@@ -99,11 +99,11 @@ def _wrong_value(reason: _Reason, raw: str, invocation: Invocation) -> str:
     if value is None:
         given = re.findall(r"Given value: (.*)", raw)
         value = min(given, key=len) if given else "something else"
-    choices = [word.strip(" '") for text in reason.expected for word in _CHOICES.sub(r"\1", text).split(",")]
-    if all(_CHOICES.fullmatch(text) for text in reason.expected):
-        expected, near = f"one of {', '.join(dict.fromkeys(choices))}", _near(value, choices)
-    else:
-        expected, near = " or ".join(map(_type_name, reason.expected)), ""
+    closed = [match[1] for text in reason.expected if (match := _CHOICES.fullmatch(text))]
+    choices = list(dict.fromkeys(word.strip(" '") for text in closed for word in text.split(",")))
+    types = [_type_name(text) for text in reason.expected if not _CHOICES.fullmatch(text)]
+    expected = " or ".join([*types, f"one of {', '.join(choices)}"] if choices else types)
+    near = _near(value, choices)
     owner = f" of {reason.class_path}" if reason.class_path else ""
     got = f"{shorten(value, 300)!r}{_place(invocation, reason.key)}"
     return f"{reason.key}{owner}: expected {expected}, got {got}{near}"
@@ -160,8 +160,7 @@ def _arguments(class_path: str) -> list[str]:
 
 
 def _type_name(text: str) -> str:
-    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
-    return _CHOICES.sub(r"one of \1", text)
+    return re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
 
 
 def _near(name: str, accepted: Iterable[str], listed: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,22 +48,27 @@ class Invocation:
         return replace(self, configs=configs, documents=documents, arguments=arguments)
 
     def option(self, name: str) -> str | None:
-        """A top-level option as text: the command line's last value, else that of the last config that has
-        it.
+        """A text option as it will be parsed: the command line's last value, else that of the last config.
+
+        Raises ``ConfigError`` where a config gives something else than text.
         """
         typed = values_of(self.typed, f"--{name}")
         if typed:
             return None if typed[-1] in ("null", "") else typed[-1]
-        written = [document[name] for document in self.documents if name in document]
-        if not written or written[-1] is None:
-            return None
-        if not isinstance(written[-1], str):
-            raise ConfigError(f"{name}: expected text, got {str(written[-1])[:80]!r}")
-        return written[-1]
+        for path, document in reversed(list(zip(self.configs, self.documents))):
+            found, value = _look_up(document, name)
+            if found and not isinstance(value, str | None):
+                raise ConfigError(f"{name}: expected text, got {str(value)[:80]!r} ({path})")
+            if found:
+                return value
+        return None
 
     def source_of(self, key: str) -> str:
         """Who set a dotted key: "command line", the name of the last config that has it, or "default"."""
-        flags = [argument.partition("=")[0].removesuffix("+") for argument in self.typed]
+        key = key.replace(".init_args", "")
+        flags = [
+            argument.partition("=")[0].removesuffix("+").replace(".init_args", "") for argument in self.typed
+        ]
         if any(
             flag == f"--{key}" or f"--{key}".startswith(f"{flag}.") for flag in flags if flag.startswith("--")
         ):
@@ -71,11 +77,26 @@ class Invocation:
         return str(files[-1]) if files else "default"
 
 
+def _look_up(document: dict, name: str) -> tuple[bool, object]:
+    """Whether a dotted name is in a nested mapping, and its value."""
+    head, _, rest = name.partition(".")
+    if name in document:
+        return True, document[name]
+    inner = document.get(head)
+    return _look_up(inner, rest) if rest and isinstance(inner, dict) else (False, None)
+
+
 def _holds(document: object, key: str) -> bool:
-    head, _, rest = key.partition(".")
-    if not isinstance(document, dict) or head not in document:
-        return isinstance(document, dict) and key in document
-    return not rest or _holds(document[head], rest)
+    """Whether a nested mapping sets a dotted key, ``init_args`` left out; keys may be dotted themselves."""
+    if not isinstance(document, dict):
+        return False
+    for name, value in document.items():
+        name = str(name).replace(".init_args", "")
+        if name == key or (name == "init_args" and _holds(value, key)):
+            return True
+        if key.startswith(f"{name}.") and _holds(value, key.removeprefix(f"{name}.")):
+            return True
+    return False
 
 
 def values_of(argv: Sequence[str], *flags: str) -> list[str]:
@@ -101,11 +122,15 @@ def with_strategy(argv: Sequence[str]) -> list[str]:
     for position, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name == flag and equals:
-            argument = f"{flag}={STRATEGIES.get(value, value)}"
+            argument = f"{flag}={_strategy(value)}"
         elif position and argv[position - 1] == flag:
-            argument = STRATEGIES.get(argument, argument)
+            argument = _strategy(argument)
         kept.append(argument)
     return kept
+
+
+def _strategy(name: str) -> str:
+    return json.dumps({"class_path": STRATEGIES[name]}) if name in STRATEGIES else name
 
 
 def without(argv: Sequence[str], *flags: str) -> list[str]:

@@ -49,8 +49,9 @@ def complete(value: object) -> object:
     if isinstance(name, str) and len(modules := class_table().get(name, ())) == 1:
         completed["class_path"] = f"{modules[0]}.{name}"
     for key in ("strategy", "trainer.strategy"):
-        if isinstance(completed.get(key), str):
-            completed[key] = STRATEGIES.get(completed[key], completed[key])
+        named = completed.get(key)
+        if isinstance(named, str) and named in STRATEGIES:
+            completed[key] = {"class_path": STRATEGIES[named]}
     return completed
 
 

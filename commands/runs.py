@@ -85,8 +85,9 @@ def experiment_of(invocation: Invocation) -> str:
 
 
 def experiment_folder(invocation: Invocation) -> Path:
-    """The folder of all runs of this experiment."""
-    return Path(invocation.option("runs") or "runs") / experiment_of(invocation)
+    """The folder of all runs of this experiment: in ``trainer.default_root_dir``, else in ``--runs``."""
+    root = invocation.option("trainer.default_root_dir") or invocation.option("runs") or "runs"
+    return Path(root) / experiment_of(invocation)
 
 
 def evaluation_folder(parent: Path, command: str) -> Path:
@@ -123,5 +124,8 @@ def checkpoint_at(named: str, option: str) -> Path:
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder that a checkpoint or artefact lies in: the nearest parent with a ``config.yaml``."""
-    parents = checkpoint.resolve().parents[:3]
-    return next((parent for parent in parents if (parent / "config.yaml").is_file()), None)
+    for parent in checkpoint.absolute().parents[:3]:
+        if (parent / "config.yaml").is_file():
+            here = Path.cwd()
+            return parent.relative_to(here) if parent.is_relative_to(here) else parent
+    return None

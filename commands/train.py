@@ -7,6 +7,7 @@ only when no ``--config`` is given; ``--config`` files from left to right; the r
 
 from __future__ import annotations
 
+import logging
 import os
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -26,6 +27,7 @@ def run(command: str, argv: list[str]) -> int:
         ConfigError: the command line, a config or a constructor's argument is wrong.
         DataError, CheckpointError: what the run reads is not as it must be.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     invocation = Invocation.of(command, argv)
     plan = plan_of(invocation)
     if plan.stored is not None:
@@ -33,6 +35,11 @@ def run(command: str, argv: list[str]) -> int:
     with imports_allowed(invocation.allow):
         import_named(invocation.typed, invocation.documents)
         return execute(TrainCLI(invocation, plan))
+
+
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's log is about this run, and not about a product to install."""
+    return "Tip: For seamless" not in record.getMessage()
 
 
 def execute(cli: TrainCLI) -> int:

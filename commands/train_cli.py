@@ -148,7 +148,7 @@ class TrainCLI(LightningCLI):
             and self.invocation.command == "fit"
         ):
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
-        if settings["enable_checkpointing"] is not False:
+        if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
             callbacks.append(self.config_init.checkpoint)
         try:
             return self._instantiate_trainer({**settings, **kwargs, "callbacks": callbacks}, [])

@@ -12,6 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -19,9 +20,8 @@ from fulgurite.commands.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
-MAX_NODES = 100_000
+MAX_NODES = 50_000
 
-_FLOAT = "tag:yaml.org,2002:float"
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq")}
 _NUMBER = re.compile(
     r"""^(?: [-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -33,15 +33,23 @@ _NUMBER = re.compile(
 )
 
 
-class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
-    """The safe loader with YAML 1.2 floats and without dates."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in rules if tag not in (_FLOAT, "tag:yaml.org,2002:timestamp")]
-    for letter, rules in _Loader.yaml_implicit_resolvers.items()
+_CORE = {
+    "float": (_NUMBER, "-+0123456789."),
+    "int": (re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+)$"), "-+0123456789"),
+    "bool": (re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    "null": (re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    "merge": (re.compile(r"^(?:<<)$"), "<"),
 }
-_Loader.add_implicit_resolver(_FLOAT, _NUMBER, list("-+0123456789."))
+
+
+class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):
+    """The safe loader with the scalars of YAML 1.2: `off`, `010`, `1:30` and dates are text."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+for _name, (_pattern, _letters) in _CORE.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, list(_letters))
 
 
 @dataclass
@@ -72,8 +80,10 @@ def load_text(text: str, path: str = "") -> object:
         _check(text, where)
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        hint = "; indent with spaces" if "'\\t'" in str(error.problem) else ""
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        spot = text.splitlines()[mark.line : mark.line + 1] if mark else []
+        hint = "; indent with spaces, not tabs" if any("\t" in found for found in spot) else ""
         raise ConfigError(f"{where}{line}: {error.problem or 'not valid YAML'}{hint}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {str(error).splitlines()[0][:200]}") from error

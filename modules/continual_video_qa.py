@@ -125,9 +125,7 @@ class ContinualVideoQA(VideoQA):
         super().on_validation_epoch_end()
         if self.selection == "best" and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
             own = (
-                self.val_matrix[self.stage + 1][
-                    [i for i, s in enumerate(self.own_stage) if s == self.stage + 1]
-                ]
+                self.val_matrix[self.stage + 1][[i for i, s in enumerate(self.own_stage) if s == self.stage + 1]]
                 .mean()
                 .item()
             )
@@ -201,14 +199,10 @@ class ContinualVideoQA(VideoQA):
         """Fresh counts: a matrix per mode, a confusion matrix per router, the answers themselves."""
         assert self.info is not None
         shape = len(self.info.domains), self.stage + 1, len(self.info.kinds)
-        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(
-            self.device
-        )
+        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(self.device)
         self.test_top10 = ContinualAccuracy(*shape).to(self.device)
         size = max(len(self.stages), 2)
-        self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(
-            self.device
-        )
+        self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(self.device)
         self.test_answers: list[dict[str, Any]] = []
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -264,9 +258,7 @@ class ContinualVideoQA(VideoQA):
                 m: {
                     "matrix": r["matrix"].tolist(),
                     "by_kind": r["by_kind"][-1].tolist(),
-                    **continual_scores(
-                        r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]
-                    ),
+                    **continual_scores(r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]),
                 }
                 for m, r in results.items()
             },

@@ -19,9 +19,7 @@ def read_facts(facts: Mapping[str, Any]) -> tuple[DataInfo, tuple[Stage, ...]]:
     return info, tuple(Stage(**{**s, "domains": tuple(s["domains"])}) for s in facts["stages"])
 
 
-def describe_difference(
-    old: DataInfo, new: DataInfo, old_stages: Sequence[Stage], new_stages: Sequence[Stage]
-) -> str:
+def describe_difference(old: DataInfo, new: DataInfo, old_stages: Sequence[Stage], new_stages: Sequence[Stage]) -> str:
     """Which data facts differ, in one line each."""
     lines = ["the data is not what this model was built for:"]
     pairs: dict[str, Callable[[DataInfo], tuple[str, ...]]] = {
@@ -33,9 +31,7 @@ def describe_difference(
         a, b = get(old), get(new)
         if a != b:
             gone, added = sorted(set(a) - set(b))[:3], sorted(set(b) - set(a))[:3]
-            lines.append(
-                f"  {name}: {len(a)} built, {len(b)} given; missing {gone}, new {added}, order counts"
-            )
+            lines.append(f"  {name}: {len(a)} built, {len(b)} given; missing {gone}, new {added}, order counts")
     if stage_names(old_stages) != stage_names(new_stages):
         lines.append(f"  stages: {stage_names(old_stages)} built, {stage_names(new_stages)} given")
     return "\n".join(lines + ["Use the DataModule settings of the checkpoint's config.yaml."])

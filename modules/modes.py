@@ -69,8 +69,7 @@ def take(batch: Batch, index: Tensor) -> Batch:
     """The samples ``index`` (U,) of a batch; repeats are allowed."""
     rows = index.tolist()
     return {
-        key: value[index] if isinstance(value, Tensor) else [value[i] for i in rows]
-        for key, value in batch.items()
+        key: value[index] if isinstance(value, Tensor) else [value[i] for i in rows] for key, value in batch.items()
     }
 
 

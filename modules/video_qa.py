@@ -23,9 +23,9 @@ from fulgurite.checkpoints.errors import MismatchError
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
-from fulgurite.modules.facts import describe_difference, read_facts, stage_names
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy
 from fulgurite.metrics.vqa_accuracy import answer_credit
+from fulgurite.modules.facts import describe_difference, read_facts, stage_names
 from fulgurite.samples import Batch, Collator, DataInfo, Stage
 
 INITIAL = "initial"
@@ -105,6 +105,7 @@ class VideoQA(pl.LightningModule):
         self.load_initial()
         self.backbone.set_answers(info.answers)
         self.info, self.stages = info, tuple(stages)
+        self.base_digest = self.backbone.fingerprint  # before a strategy shards or casts the weights
         self.answer_index = {answer: i for i, answer in enumerate(info.answers)}
         self.val_accuracy = ContinualAccuracy(len(info.domains), 0, len(info.kinds)).to(self.device)
         # R[t, i] on the validation split; part of every checkpoint, since a resumed run does not measure it again.
@@ -280,9 +281,7 @@ class VideoQA(pl.LightningModule):
     def on_test_start(self) -> None:
         """A fresh count for every test."""
         assert self.info is not None
-        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(
-            self.device
-        )
+        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(self.device)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch."""
@@ -309,9 +308,7 @@ class VideoQA(pl.LightningModule):
             rows.append({"id": batch["id"][b], **best[0], "top": best})
         return rows
 
-    def state_dict(
-        self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any
-    ) -> dict[str, Any]:
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
         """The delta alone: adapter sets, router, validation matrix. The frozen backbone is never in it."""
         self.reshard()
         out: dict[str, Any] = {}
@@ -323,9 +320,7 @@ class VideoQA(pl.LightningModule):
             out[f"{prefix}val_matrix"] = self.val_matrix if keep_vars else self.val_matrix.detach()
         return out
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Strict over everything that the delta holds; one error lists all differences.
 
         Raises:
@@ -353,7 +348,7 @@ class VideoQA(pl.LightningModule):
         checkpoint["fulgurite"] = {
             **checkpoint.get("fulgurite", {}),
             "kind": "delta",
-            "base": {"source": type(self.backbone).__name__, "digest": self.backbone.fingerprint},
+            "base": {"source": type(self.backbone).__name__, "digest": self.base_digest},
             "info": asdict(self.info),
             "info_digest": self.info.digest,
             "stages": [asdict(s) for s in self.stages],
@@ -371,7 +366,7 @@ class VideoQA(pl.LightningModule):
         if self.trainer.state.fn != "fit" and self.info is not None and info != self.info:
             self.forget()
         self.prepare(info, stages if self.info is None else self.stages)
-        found = self.backbone.fingerprint
+        found = self.base_digest
         if facts["base"]["digest"] != found:
             raise MismatchError(
                 f"the checkpoint stands on a {facts['base']['source']} with digest {facts['base']['digest']}, "

@@ -110,7 +110,7 @@ def test_weights_by_name_and_by_position(tmp_path):
     torch.save(
         {f"other.{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}, tmp_path / "p.pth"
     )
-    torch.save({k: v for k, v in list(state.items())[1:]}, tmp_path / "short.pth")
+    torch.save(dict(list(state.items())[1:]), tmp_path / "short.pth")
     for file in ("names.pth", "p.pth"):
         loaded = TimmFrameEncoder("test_efficientnet", str(tmp_path / file), size=64).model.state_dict()
         assert all(torch.equal(loaded[k], v) for k, v in state.items())

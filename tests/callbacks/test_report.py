@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from fulgurite.callbacks.report import Report, in_order
+from fulgurite.callbacks.report import Report, in_order, show
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.reports import Section
+from fulgurite.reports.tables import terminal_table
 from fulgurite.samples import DataInfo, Sample
 
 SAMPLES = [Sample(id=i, domain="d", question=f"{i}?") for i in ("b", "c", "a")]
@@ -88,6 +89,16 @@ def test_writes_page_pictures_and_answers_in_order(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "a table" in printed
     assert f"report: {tmp_path / 'report.html'}" in printed
+
+
+def test_wide_tables_lose_no_number(tmp_path, capsys):
+    names = [f"domain{i:02d}" for i in range(20)]
+    scores = {"average": 0.5, "forgetting": 0.0, "matrix": [[0.123] * 20]}
+    results = {"modes": {"dynamic": scores}, "domains": names, "mode": "dynamic"}
+    show([Section("t", "", printed=terminal_table(results, {}))], tmp_path / "report.html")
+    printed = capsys.readouterr().out
+    assert printed.count(" 12.3") == 20
+    assert all(f" {name} " in printed for name in names)
 
 
 def test_module_that_contributes_nothing_gets_its_metrics(tmp_path):

@@ -94,9 +94,7 @@ def test_one_hot_weights_give_the_logits_of_that_stage(trained):
             )
 
 
-def test_matrix_of_the_last_adapter_is_what_each_stage_measured(
-    trained, make_module, make_data, make_trainer
-):
+def test_matrix_of_the_last_adapter_is_what_each_stage_measured(trained, make_module, make_data, make_trainer):
     module, data = trained["module"], trained["data"]
     make_trainer().test(module, datamodule=data, verbose=False)
     matrix = torch.tensor(module.test_results["modes"]["last"]["matrix"])
@@ -155,9 +153,7 @@ def test_best_epoch_is_kept_and_goes_on(make_module, make_data, make_trainer):
 
 def test_best_without_validation_is_an_error(make_module, make_data, make_trainer):
     with pytest.raises(ValueError, match="every_epoch"):
-        make_trainer(limit_val_batches=0).fit(
-            make_module(selection="best"), datamodule=make_data(("red",), 1)
-        )
+        make_trainer(limit_val_batches=0).fit(make_module(selection="best"), datamodule=make_data(("red",), 1))
 
 
 def test_joint_training_is_one_stage_over_all_domains(make_module, make_data, make_trainer):

@@ -11,9 +11,7 @@ NUM_STAGES = 3
 def routers():
     made = []
     for normalize in (False, True):
-        router = CentroidRouter(
-            top_k=2, temperature=0.1, normalize_parts=normalize, width=4, experts=["a", "b", "c"]
-        )
+        router = CentroidRouter(top_k=2, temperature=0.1, normalize_parts=normalize, width=4, experts=["a", "b", "c"])
         for i, name in enumerate("abc"):
             router.update(torch.eye(4)[i : i + 1] + 0.1, name)
         made.append(router)

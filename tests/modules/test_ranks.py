@@ -68,13 +68,9 @@ def one_process(stream_folder, request):
 def test_training_is_that_of_one_process(strategy, one_process, two_processes):
     # Sums run in another order on two ranks; AdamW at a high rate amplifies the last digits over 18 steps.
     ranks = two_processes[strategy]
-    torch.testing.assert_close(
-        torch.tensor(ranks["losses"]), torch.tensor(one_process["losses"]), rtol=1e-3, atol=1e-4
-    )
-    for name, value in one_process["state"].items():
-        torch.testing.assert_close(
-            ranks["state"][name], value, rtol=2e-2, atol=2e-3, equal_nan=True, msg=lambda m: f"{name}: {m}"
-        )
+    torch.testing.assert_close(torch.tensor(ranks["losses"]), torch.tensor(one_process["losses"]), rtol=1e-3, atol=1e-4)
+    assert ranks["state"].keys() == one_process["state"].keys()
+    torch.testing.assert_close(ranks["state"], one_process["state"], rtol=2e-2, atol=2e-3, equal_nan=True)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -91,6 +87,4 @@ def test_metrics_count_every_question_once(strategy, one_process, two_processes)
 
 def test_both_strategies_agree(two_processes):
     ddp, sharded = two_processes["ddp"], two_processes["fsdp2"]
-    torch.testing.assert_close(
-        torch.tensor(ddp["losses"]), torch.tensor(sharded["losses"]), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(ddp["losses"]), torch.tensor(sharded["losses"]), rtol=1e-3, atol=1e-4)

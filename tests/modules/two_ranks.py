@@ -1,4 +1,4 @@
-"""Run by test_ranks.py in each of two processes: the same fit and test under DDP and FSDP2, results to a file."""
+"""Run by test_ranks.py in each of two processes: the same fit and test under DDP and FSDP2."""
 
 import importlib.util
 import os
