@@ -57,7 +57,12 @@ class Report(Callback):
             write_text(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
         title = self.title or folder.resolve().name
         subtitle = f"{type(pl_module).__name__} on {type(data).__name__}" if data else type(pl_module).__name__
-        page = render_page(title, subtitle, sections, run_facts(trainer, len(samples), folder))
+        page = render_page(
+            title,
+            subtitle,
+            sections,
+            run_facts(trainer, len(samples if answers is None else pl_module.test_answers), folder),
+        )
         write_text(folder / "report.html", page)
         show(sections, folder / "report.html")
 
