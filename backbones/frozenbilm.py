@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fulgurite.backbones.base import QAOutput, StateDict, VideoQABackbone
+from fulgurite.backbones.base import QAOutput, StateDict, VideoQABackbone, masked_mean
 from fulgurite.backbones.deberta import (
     XLARGE,
     LanguageModelHead,

@@ -26,8 +26,7 @@ _FIELDS = ("kind", "base", "structure", "parents", "settings", "metrics")
 
 
 class DigestCheckpointIO(CheckpointIO):
-    """Saves a Lightning checkpoint as a folder with a digest of every tensor, and checks them all when
-    loading.
+    """Saves a Lightning checkpoint as a folder with a digest of every tensor; loading checks them all.
 
     ``weights.safetensors`` holds ``checkpoint["state_dict"]``; ``state.json`` and ``state.safetensors``
     everything else (loops, callbacks, optimizers, schedules, hyper-parameters). What a module puts under
@@ -39,11 +38,8 @@ class DigestCheckpointIO(CheckpointIO):
     saving, on every rank for loading. Pass it as ``Trainer(plugins=[DigestCheckpointIO()])``.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
-        """Publish ``checkpoint`` as the folder ``path``, replacing what was there once the new one is
-        complete.
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Publish ``checkpoint`` as the folder ``path``; what was there goes once the new one is complete.
 
         Raises:
             CheckpointError: a value that cannot be stored, or a write that the operating system refused.
@@ -96,9 +92,7 @@ def _take_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str
         "values": {name: value for name, value in state.items() if name not in tensors},
         # torch writes version 1 for every module that does not say otherwise, and reads a missing one alike.
         "versions": {
-            name: dict(entry)
-            for name, entry in getattr(state, "_metadata", {}).items()
-            if entry.get("version", 1) != 1
+            name: dict(entry) for name, entry in getattr(state, "_metadata", {}).items() if entry.get("version", 1) != 1
         },
     }
     return tensors, rest

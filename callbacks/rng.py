@@ -13,8 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 
 class RandomStates(pl.Callback):
-    """Stores the generators of torch, Python, NumPy and the rank's GPU with every checkpoint, and restores
-    them.
+    """Keeps the generators of torch, Python, NumPy and the rank's GPU in every checkpoint, and restores them.
 
     When: stored while a checkpoint is made (each rank's state is gathered, rank 0 writes); restored at the
     first ``on_train_batch_start`` after a resume, since building loaders and the sanity check draw numbers

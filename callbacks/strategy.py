@@ -22,8 +22,7 @@ from fulgurite.checkpoints import MismatchError
 
 
 class ModelParallelStrategy(strategies.ModelParallelStrategy):
-    """Lightning's strategy of this name, writing one verified folder that any strategy and number of ranks
-    can load.
+    """Lightning's strategy of this name, with checkpoints that any strategy and number of ranks can load.
 
     Every rank takes part in gathering what the module's ``state_dict()`` holds (with a frozen backbone: the
     small trained part) and the optimizer's state; rank 0 keeps the values and writes. On loading every rank
@@ -88,9 +87,7 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """The whole checkpoint, on every rank; tensors are mapped from the file, not copied."""
         return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
 
@@ -147,9 +144,9 @@ def gather(value: Any, keep: bool) -> Any:
 
 @torch.no_grad()
 def distribute(value: Any, target: Tensor | None, name: str) -> Any:
-    """``value`` cut as ``target`` is, or as it is where ``target`` is whole. No communication: every rank has
-    ``value``.
+    """``value`` cut as ``target`` is, or as it is where ``target`` is whole.
 
+    No communication: every rank has the whole ``value``.
     Raises `MismatchError` if the shapes differ.
     """
     if not isinstance(target, DTensor):

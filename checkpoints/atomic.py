@@ -165,17 +165,13 @@ def remove(path: str | Path) -> None:
 
 
 def resolve(path: str | Path) -> Path:
-    """Where the complete version of ``path`` lies: ``path`` itself, or ``.<name>.old`` after a crash in a
-    replace.
-    """
+    """Where the complete version of ``path`` lies: there, or at ``.<name>.old`` after a crash in a replace."""
     path = Path(path)
     return _old(path) if not path.exists() and _old(path).exists() else path
 
 
 def recover(path: str | Path) -> None:
-    """Finish a replace of ``path`` that a crash interrupted. To be called by the owner of the folder, not
-    readers.
-    """
+    """Finish a replace of ``path`` that a crash interrupted. For the owner of the folder, not for readers."""
     path, old = Path(path), _old(Path(path))
     if not os.path.lexists(old):
         return

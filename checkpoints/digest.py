@@ -72,9 +72,7 @@ def digest_of_tensor(tensor: Tensor, algorithm: str = DEFAULT) -> str:
     return digest_of_bytes(tensor_bytes(tensor), algorithm)
 
 
-def digest_of_state(
-    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], algorithm: str = DEFAULT
-) -> str:
+def digest_of_state(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], algorithm: str = DEFAULT) -> str:
     """Digest of named tensors: names, types, shapes and values, whatever their order."""
     digest = Digest(algorithm)
     pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
@@ -91,8 +89,6 @@ def digest_of_json(value: object, algorithm: str = DEFAULT) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The elements of a dense tensor as bytes in row-major order. Copies only views and tensors of other
-    devices.
-    """
+    """The elements of a dense tensor as bytes in row-major order; only views and other devices are copied."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return memoryview(plain.reshape(-1).view(torch.uint8).numpy())

@@ -65,9 +65,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def check(self) -> None:
-        """Raise `RefusedError` for a value that a manifest cannot hold, or entries that contradict each
-        other.
-        """
+        """Raise `RefusedError` for a value that a manifest cannot hold, or entries in conflict."""
         if problem := _problem(json.loads(_body(self).removesuffix(b",") + b"\n}")):
             raise RefusedError(f"manifest: {problem}")
 
@@ -77,8 +75,9 @@ class Manifest:
         return digest_of_bytes(_body(self))
 
     def require_base(self, digest: str, where: str) -> None:
-        """Raise `MismatchError` unless this delta stands on the weights with ``digest``; ``where`` names the
-        file.
+        """Raise `MismatchError` if this is a delta over other weights than those with ``digest``.
+
+        ``where`` names the checkpoint in the text.
         """
         recorded = (self.base or {}).get("digest")
         if self.kind == "delta" and recorded != digest:
@@ -223,9 +222,7 @@ def _problem_of_tensors(tensors: Mapping[str, Any], files: Mapping[str, Any]) ->
 def is_inside(name: str) -> bool:
     """Whether ``name`` is a plain relative path that stays in its folder and is not the manifest."""
     parts = name.split("/")
-    return (
-        name != MANIFEST_NAME and "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(parts)
-    )
+    return name != MANIFEST_NAME and "\\" not in name and "\0" not in name and not {"", ".", ".."} & set(parts)
 
 
 def _is_digest(value: object) -> bool:

@@ -17,16 +17,13 @@ EVALUATIONS = "evaluations"
 
 
 def new_run(root: str | Path, experiment: str, time: datetime | None = None) -> Path:
-    """Make the folder of a new run and return its path. To be called by rank 0, which hands the path to the
-    others.
+    """Make the folder of a new run and return its path. For rank 0, which hands the path to the others.
 
     Two runs that start in the same second get different folders (``...-2``). ValueError for an experiment
     name that is not a plain file name; `WriteError` where the folder cannot be made.
     """
     if not re.fullmatch(r"[\w=+,.-]+", experiment) or experiment.strip(".") == "":
-        raise ValueError(
-            f"experiment={experiment!r} is not a plain name; use letters, digits and any of _=+,.-"
-        )
+        raise ValueError(f"experiment={experiment!r} is not a plain name; use letters, digits and any of _=+,.-")
     stem = (time or datetime.now()).strftime("%Y-%m-%d_%H-%M-%S")
     parent, count = Path(root, experiment), 1
     with naming(parent):
@@ -56,11 +53,7 @@ def list_checkpoints(run: str | Path) -> list[tuple[Path, Manifest]]:
             damaged.append(error)
     found.sort(key=lambda pair: pair[1].created)
     if damaged:
-        good = (
-            f"The newest with a sound manifest is {found[-1][0]}."
-            if found
-            else "There is no other checkpoint."
-        )
+        good = f"The newest with a sound manifest is {found[-1][0]}." if found else "There is no other checkpoint."
         raise type(damaged[0])(f"{damaged[0]} {good}")
     return found
 

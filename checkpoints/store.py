@@ -1,6 +1,4 @@
-"""A checkpoint folder: tensor files and documents under one manifest, written all at once, verified when
-read.
-"""
+"""A checkpoint folder: tensor files and documents under one manifest, written at once, verified when read."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from fulgurite.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
-from fulgurite.checkpoints.tensorfile import check_file, check_size, read_tensors, write_tensors
+from fulgurite.checkpoints.tensorfile import check_file, check_size, check_tensor, read_tensors, write_tensors
 from fulgurite.checkpoints.treejson import join, split
 
 _SUFFIX = ".safetensors"
@@ -116,8 +114,9 @@ def load_tensors(
 
 
 def load_document(path: str | Path, name: str) -> Any:
-    """The document ``name`` of the checkpoint ``path``, as it was saved. Always verified; errors as
-    `load_tensors`.
+    """The document ``name`` of the checkpoint ``path``, as it was saved.
+
+    Always verified; errors as `load_tensors`.
     """
     folder, manifest = resolve(path), read_manifest(path)
     name = _document_name(name)
@@ -126,11 +125,11 @@ def load_document(path: str | Path, name: str) -> Any:
     if not name.endswith(".json"):
         return text
     beside = Path(name).stem + _SUFFIX
+    tensors = load_tensors(path, beside) if beside in manifest.files else {}
     try:
-        value = json.loads(text)
+        return join(json.loads(text), tensors)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{folder / name} is no JSON: {error}") from error
-    return join(value, load_tensors(path, beside) if beside in manifest.files else {})
+        raise DamagedError(f"{folder / name} is no JSON of fulgurite: {error}") from error
 
 
 @dataclass
@@ -158,9 +157,7 @@ class Report:
 
 
 def verify(path: str | Path) -> Report:
-    """Check every byte of the checkpoint ``path`` and report all damage, by file and tensor. Never raises
-    for it.
-    """
+    """Check every byte of the checkpoint ``path`` and report all damage by file and tensor, without raising."""
     report, folder = Report(Path(path)), resolve(path)
     try:
         report.manifest = manifest = read_manifest(path)
@@ -173,8 +170,10 @@ def verify(path: str | Path) -> Report:
             if name in manifest.tensors:
                 read_tensors(folder / name, manifest.tensors[name], verify=False)
             report.checked.append(name)
-        except CheckpointError as error:
+        except DamagedError as error:
             report.problems += _damaged_tensors(folder / name, manifest, name) or [str(error)]
+        except CheckpointError as error:
+            report.problems.append(str(error))
     known = {MANIFEST_NAME, *manifest.files}
     found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     report.extra = sorted(set(found) - known)
@@ -190,21 +189,23 @@ def _check_whole(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def _damaged_tensors(file: Path, manifest: Manifest, name: str) -> list[str]:
-    """A text per damaged tensor of a damaged file; empty if the damage is elsewhere in it."""
-    problems: dict[str, None] = {}
-    for tensor in manifest.tensors.get(name, {}):
+    """A text per damaged tensor of a damaged file; empty if it cannot be opened, or the damage is elsewhere."""
+    records, problems = manifest.tensors.get(name, {}), []
+    try:
+        tensors = read_tensors(file, records, verify=False)
+    except CheckpointError:
+        return []
+    for tensor, record in records.items():
         try:
-            read_tensors(file, manifest.tensors[name], [tensor])
-        except CheckpointError as error:
-            problems[str(error)] = None
-    return list(problems)
+            check_tensor(file, tensor, tensors[tensor], record)
+        except DamagedError as error:
+            problems.append(str(error))
+    return problems
 
 
 def _record(path: Path, manifest: Manifest, name: str) -> FileRecord:
     if name not in manifest.files:
-        raise MissingError(
-            f"{path} has no {name}; it holds {', '.join(sorted(manifest.files)) or 'no files'}."
-        )
+        raise MissingError(f"{path} has no {name}; it holds {', '.join(sorted(manifest.files)) or 'no files'}.")
     return manifest.files[name]
 
 

@@ -108,24 +108,19 @@ def write_tensors(
 def read_tensors(
     path: Path, records: Mapping[str, TensorRecord], names: Iterable[str] | None = None, verify: bool = True
 ) -> dict[str, Tensor]:
-    """Map the tensors of ``path`` into memory, in the order of ``records``; copy-on-write, so the file never
-    changes.
+    """Map the tensors of ``path`` into memory, in the order of ``records``.
 
-    With ``verify`` the digest of each tensor returned is checked first. Raises `MissingError` for a name that
+    Copy-on-write, so changing them never changes the file. With ``verify`` the digest of each tensor returned is checked first. Raises `MissingError` for a name that
     is not recorded, and `DamagedError` naming file and tensor.
     """
     wanted = list(records) if names is None else list(names)
     if missing := [name for name in wanted if name not in records]:
-        raise MissingError(
-            f"{path} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing)"
-        )
+        raise MissingError(f"{path} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing)")
     result = {}
     try:
         with safe_open(path, framework="pt") as file:
             if stray := set(file.keys()) ^ set(records):
-                raise DamagedError(
-                    f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest"
-                )
+                raise DamagedError(f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest")
             for name in wanted:
                 result[name] = _restore(file.get_tensor(name), records[name], path, name)
     except (SafetensorError, OSError) as error:
@@ -147,9 +142,7 @@ def check_tensor(path: Path, name: str, tensor: Tensor, record: TensorRecord) ->
 
 
 def check_file(path: Path, record: FileRecord) -> None:
-    """Raise `MissingError` or `DamagedError` unless ``path`` is a plain file with the recorded size and
-    digest.
-    """
+    """Raise `MissingError` or `DamagedError` unless ``path`` is a file of the recorded size and digest."""
     check_size(path, record)
     with reading(path), open(path, "rb") as file:
         if record.bytes == 0:
@@ -159,8 +152,7 @@ def check_file(path: Path, record: FileRecord) -> None:
                 found = digest_of_bytes(view, algorithm_of(record.digest))
     if found != record.digest:
         raise DamagedError(
-            f"{path} is damaged: digest {found}, expected {record.digest}. Take another checkpoint of the "
-            "run."
+            f"{path} is damaged: digest {found}, expected {record.digest}. Take another checkpoint of the run."
         )
 
 
@@ -168,9 +160,7 @@ def check_size(path: Path, record: FileRecord) -> None:
     """Raise unless ``path`` is a plain file (no link) of the recorded size."""
     if path.is_symlink() or not path.is_file():
         what = "is a link" if path.is_symlink() else "is missing"
-        raise MissingError(
-            f"{path} {what}, but the manifest lists it as a file. Take another checkpoint of the run."
-        )
+        raise MissingError(f"{path} {what}, but the manifest lists it as a file. Take another checkpoint of the run.")
     if (size := path.stat().st_size) != record.bytes:
         raise DamagedError(
             f"{path} is damaged: {size} bytes, expected {record.bytes}. Take another checkpoint of the run."
@@ -178,9 +168,7 @@ def check_size(path: Path, record: FileRecord) -> None:
 
 
 def check_storable(name: str, tensor: object) -> None:
-    """Raise `RefusedError` unless ``tensor`` is a dense tensor with values, under a name that the format
-    allows.
-    """
+    """Raise `RefusedError` unless ``tensor`` is dense, with values, and its name is one the format allows."""
     problem = None
     if not isinstance(tensor, Tensor):
         problem = f"is a {type(tensor).__name__}, not a tensor"

@@ -67,15 +67,11 @@ class _Splitter:
         if isinstance(value, Tensor):
             return {"$": ["tensor", self._store(value, path)]}
         if len(path) > _MAX_DEPTH:
-            raise RefusedError(
-                f"{_name(path[:5])}/... is nested more than {_MAX_DEPTH} deep, or holds itself"
-            )
+            raise RefusedError(f"{_name(path[:5])}/... is nested more than {_MAX_DEPTH} deep, or holds itself")
         if kind is dict and all(type(key) is str for key in value) and "$" not in value:
             return {self._string(key, path): self.encode(item, (*path, key)) for key, item in value.items()}
         if kind in (dict, OrderedDict):
-            pairs = [
-                [self.encode(k, (*path, "key")), self.encode(v, (*path, str(k)))] for k, v in value.items()
-            ]
+            pairs = [[self.encode(k, (*path, "key")), self.encode(v, (*path, str(k)))] for k, v in value.items()]
             return {"$": ["dict" if kind is dict else "ordered", pairs]}
         if kind in (list, tuple):
             items = [self.encode(item, (*path, str(index))) for index, item in enumerate(value)]

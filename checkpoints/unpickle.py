@@ -46,8 +46,7 @@ _BROKEN = (
 
 
 def load_pickle(path: str | Path) -> Any:
-    """The content of a pickle or ``torch.save`` file made of containers, text, numbers, tensors and numpy
-    arrays.
+    """The content of a pickle or ``torch.save`` file of containers, text, numbers, tensors and numpy arrays.
 
     Raises:
         MissingError: no such file.
@@ -62,9 +61,7 @@ def load_pickle(path: str | Path) -> Any:
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile) as error:
-        raise DamagedError(
-            f"{path} cannot be read as a pickle: {_short(error)}. Fetch the file again."
-        ) from error
+        raise DamagedError(f"{path} cannot be read as a pickle: {_short(error)}. Fetch the file again.") from error
 
 
 def _load(path: Path) -> Any:
@@ -79,9 +76,7 @@ def _load_torch(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:
-                raise DamagedError(
-                    f"{path} is damaged: record {bad!r} fails its checksum. Fetch the file again."
-                )
+                raise DamagedError(f"{path} is damaged: record {bad!r} fails its checksum. Fetch the file again.")
     try:
         with torch.serialization.safe_globals([(value, name) for name, value in _NUMPY.items()]):
             return torch.load(path, map_location="cpu", weights_only=True)

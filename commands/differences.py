@@ -30,8 +30,7 @@ def differences(stored: Path, used: str, invocation: Invocation) -> list[str]:
     # Below another class, arguments of the same name say nothing about each other.
     shown = [key for key in changed if key.endswith(".class_path") or not key.startswith(tuple(classes))]
     lines = [
-        f"{key}: using {_short(now[key])} ({invocation.source_of(key)}), "
-        f"checkpoint was made with {_short(before[key])}"
+        f"{key}: using {_short(now[key])} ({invocation.source_of(key)}), checkpoint was made with {_short(before[key])}"
         for key in shown
     ]
     if len(lines) > MAX_LINES:

@@ -68,12 +68,8 @@ def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
     if reason.pattern is _UNKNOWN:
         key = f"{reason.key}.{first}".lstrip(".")
         accepted = _arguments(reason.class_path) if reason.class_path else list(parser.get_defaults().keys())
-        owner = (
-            f"{reason.class_path} has no option {first!r}" if reason.class_path else f"no option {first!r}"
-        )
-        return (
-            f"{key}: {owner}{_value(invocation, key)}{_near(first, accepted, listed=bool(reason.class_path))}"
-        )
+        owner = f"{reason.class_path} has no option {first!r}" if reason.class_path else f"no option {first!r}"
+        return f"{key}: {owner}{_value(invocation, key)}{_near(first, accepted, listed=bool(reason.class_path))}"
     if reason.pattern is _NO_CLASS:
         expected = " Expected the short name of a fulgurite class, or a full class path"
         return f"{reason.key}: no class {first!r}{_near(first, _class_names())}{expected}"
@@ -84,9 +80,7 @@ def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
         )
     if reason.pattern is _NO_ATTRIBUTE:
         names = [name for name in vars(importlib.import_module(first)) if not name.startswith("_")]
-        return (
-            f"{reason.key}: module {first!r} has no class {reason.match[2]!r}{_near(reason.match[2], names)}"
-        )
+        return f"{reason.key}: module {first!r} has no class {reason.match[2]!r}{_near(reason.match[2], names)}"
     if reason.pattern is _NO_MODULE:
         return f"{reason.key}: no module {first!r} for class path {reason.class_path!r}"
     if reason.pattern is _NOT_SUBCLASS:
@@ -130,9 +124,7 @@ def _deepest(raw: str) -> _Reason | None:
             above.insert(0, line)
             limit = _indent(line)
     # Keys come before the class that owns the next key; a key after the last class names the argument itself.
-    keys = [
-        key + (f"[{int(element) - 1}]" if element else "") for key, element in _KEY.findall("\n".join(above))
-    ]
+    keys = [key + (f"[{int(element) - 1}]" if element else "") for key, element in _KEY.findall("\n".join(above))]
     classes = _CLASS.findall("\n".join(above))
     classes += _BOUND.findall(lines[number])
     siblings = [line for line in lines[number:] if _indent(line) == depth and not _NOISE.search(line)]

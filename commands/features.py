@@ -64,15 +64,11 @@ def _parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="config", help="YAML file with these options")
-    parser.add_argument(
-        "--videos", type=list[str], required=True, help="files and folders, as [a.mp4, folder]"
-    )
+    parser.add_argument("--videos", type=list[str], required=True, help="files and folders, as [a.mp4, folder]")
     parser.add_argument("--encoder", type=FrameEncoder, required=True, help="as TimmFrameEncoder")
     parser.add_argument("--sampling", type=FrameSampling, default=FrameSampling(), help="which frames")
     parser.add_argument("--store", type=str, default=".cache/features", help="folder of the stored features")
-    parser.add_argument(
-        "--dtype", type=Literal["float16", "float32"], default="float16", help="stored numbers"
-    )
+    parser.add_argument("--dtype", type=Literal["float16", "float32"], default="float16", help="stored numbers")
     parser.add_argument("--num_workers", type=int, default=2, help="decoding processes")
     parser.add_argument("--batch_frames", type=int, default=48, help="frames per forward pass")
     return parser

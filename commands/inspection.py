@@ -35,8 +35,7 @@ def _lines(folder: Path, manifest: dict, every_tensor: bool) -> list[str]:
     lines = [
         f"{folder}",
         f"  written   {manifest['created']}",
-        f"  kind      {manifest['kind']}"
-        + (f" on {base.get('source')} ({base.get('digest')})" if base else ""),
+        f"  kind      {manifest['kind']}" + (f" on {base.get('source')} ({base.get('digest')})" if base else ""),
         *(f"  parent    {parent.get('path')} ({parent.get('digest')})" for parent in manifest["parents"]),
     ]
     for name, record in manifest["files"].items():

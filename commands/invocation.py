@@ -66,12 +66,8 @@ class Invocation:
     def source_of(self, key: str) -> str:
         """Who set a dotted key: "command line", the name of the last config that has it, or "default"."""
         key = key.replace(".init_args", "")
-        flags = [
-            argument.partition("=")[0].removesuffix("+").replace(".init_args", "") for argument in self.typed
-        ]
-        if any(
-            flag == f"--{key}" or f"--{key}".startswith(f"{flag}.") for flag in flags if flag.startswith("--")
-        ):
+        flags = [argument.partition("=")[0].removesuffix("+").replace(".init_args", "") for argument in self.typed]
+        if any(flag == f"--{key}" or f"--{key}".startswith(f"{flag}.") for flag in flags if flag.startswith("--")):
             return "command line"
         files = [path for path, document in zip(self.configs, self.documents) if _holds(document, key)]
         return str(files[-1]) if files else "default"

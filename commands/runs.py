@@ -66,21 +66,15 @@ def _to_continue(invocation: Invocation, named: str | None) -> tuple[Path | None
         run = run or newest_run(experiment_folder(invocation))
         return run, newest_checkpoint(run) if run is not None else None
     if run is not None and (run / "config.yaml").exists():
-        raise ConfigError(
-            f"--run {run}: holds a run already; add --resume auto to continue it, or name another folder"
-        )
+        raise ConfigError(f"--run {run}: holds a run already; add --resume auto to continue it, or name another folder")
     return run, None
 
 
 def experiment_of(invocation: Invocation) -> str:
     """``--experiment``, or the name of the first config, or "unnamed"."""
-    name = invocation.option("experiment") or (
-        invocation.configs[0].stem if invocation.configs else "unnamed"
-    )
+    name = invocation.option("experiment") or (invocation.configs[0].stem if invocation.configs else "unnamed")
     if not re.fullmatch(r"[\w=+,.-]+", name) or not name.strip("."):
-        raise ConfigError(
-            f"experiment {name[:80]!r}: expected letters, digits and any of _=+,.-; set --experiment"
-        )
+        raise ConfigError(f"experiment {name[:80]!r}: expected letters, digits and any of _=+,.-; set --experiment")
     return name
 
 
@@ -113,11 +107,7 @@ def checkpoint_at(named: str, option: str) -> Path:
         return path
     newest = newest_checkpoint(path)
     if newest is None:
-        there = (
-            "has no manifest.json and no finished checkpoint in checkpoints/"
-            if path.is_dir()
-            else "does not exist"
-        )
+        there = "has no manifest.json and no finished checkpoint in checkpoints/" if path.is_dir() else "does not exist"
         raise ConfigError(f"{option} {named}: {there}; expected a checkpoint folder or a run folder")
     return newest
 

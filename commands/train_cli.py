@@ -142,20 +142,14 @@ class TrainCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
             settings["plugins"].append(DigestCheckpointIO())
         callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
-        if (
-            self.config.init_from is not None
-            and self.plan.checkpoint is None
-            and self.invocation.command == "fit"
-        ):
+        if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
             callbacks.append(self.config_init.checkpoint)
         try:
             return self._instantiate_trainer({**settings, **kwargs, "callbacks": callbacks}, [])
         except BaseException:
-            with suppress(
-                OSError
-            ):  # a run that has not begun leaves no folder; one with anything in it stays
+            with suppress(OSError):  # a run that has not begun leaves no folder; one with anything in it stays
                 self.folder.rmdir()
             raise
 

@@ -156,9 +156,7 @@ def _check_scalar(event: yaml.ScalarEvent, parent: _Open | None, at: str) -> Non
     if is_key and event.value != "<<":
         if event.value in parent.keys:
             first = parent.keys[event.value]
-            raise ConfigError(
-                f"{at}: key {event.value[:80]!r} appears twice in one mapping, first in line {first}"
-            )
+            raise ConfigError(f"{at}: key {event.value[:80]!r} appears twice in one mapping, first in line {first}")
         parent.keys[event.value] = event.start_mark.line + 1
     if event.implicit[0] and _NUMBER.match(event.value):
         digits = event.value.replace("_", "").lower()
@@ -186,6 +184,4 @@ def _count(
         total = stack[-1].nodes
     if total > MAX_NODES:
         line = event.start_mark.line + 1
-        raise ConfigError(
-            f"{where}, line {line}: aliases and values add up to more than {MAX_NODES:,} values"
-        )
+        raise ConfigError(f"{where}, line {line}: aliases and values add up to more than {MAX_NODES:,} values")

@@ -64,6 +64,7 @@ class ResumableLoader(DataLoader):
         self.name = name
         self.count = 0
         self.start = 0
+        self.start_epoch = 0
         super().__init__(
             dataset,
             batch_sampler=batch_sampler,
@@ -75,7 +76,9 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current position; a generator, so it starts with the first batch asked for."""
-        self.count, self.start = self.start, 0
+        # Where epochs are cut short, a state from the end of one must not shorten the next.
+        self.count = self.start if self.batch_sampler.epoch == self.start_epoch else 0
+        self.start = 0
         self.batch_sampler.skip = self.count
         self.generator.manual_seed(self.batch_sampler.seed * 7919 + self.batch_sampler.epoch)
         for batch in super().__iter__():
@@ -111,4 +114,4 @@ class ResumableLoader(DataLoader):
                 "resume with the same data and batch_size, or start a new run from the weights (--init_from)."
             )
         self.start = 0 if finished else state["count"]
-        sampler.epoch = state["epoch"] + int(finished)
+        self.start_epoch = sampler.epoch = state["epoch"] + int(finished)

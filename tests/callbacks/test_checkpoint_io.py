@@ -195,9 +195,7 @@ def test_top_k_by_a_monitor_and_weights_only(tmp_path):
     assert {path.name for path in (tmp_path / "light").iterdir()} == {"epoch=3", "last"}
     assert "optimizer_states" not in DigestCheckpointIO().load_checkpoint(tmp_path / "light" / "last")
     (found,) = fitter.validate(Toy(), loader(), ckpt_path=tmp_path / "light" / "last", verbose=False)
-    assert found["val/loss"] == read_manifest(tmp_path / "light" / "last").metrics.get(
-        "val/loss", found["val/loss"]
-    )
+    assert found["val/loss"] == read_manifest(tmp_path / "light" / "last").metrics.get("val/loss", found["val/loss"])
 
 
 def test_what_the_module_declares_goes_to_the_manifest(tmp_path):

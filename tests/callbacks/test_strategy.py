@@ -20,9 +20,7 @@ def two_ranks(tmp_path_factory):
     root = tmp_path_factory.mktemp("two_ranks")
     script = Path(__file__).with_name("two_ranks.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, root], env=environment, capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run([sys.executable, script, root], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = [json.loads((root / f"results_{rank}.json").read_text()) for rank in range(2)]
     return root, root / "unbroken" / "checkpoints" / "epoch=0-step=4", results
@@ -72,9 +70,7 @@ def test_one_process_loads_it(two_ranks, tmp_path):
     class Plain(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.adapter = torch.nn.Sequential(
-                torch.nn.Linear(16, 5), torch.nn.Dropout(), torch.nn.Linear(5, 1)
-            )
+            self.adapter = torch.nn.Sequential(torch.nn.Linear(16, 5), torch.nn.Dropout(), torch.nn.Linear(5, 1))
 
         def training_step(self, batch, index):
             raise AssertionError("nothing is left to train")

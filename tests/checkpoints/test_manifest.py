@@ -98,9 +98,7 @@ def test_another_base_is_a_mismatch(tmp_path):
         manifest.require_base("xxh3_128:1234", "runs/c")
 
 
-@pytest.mark.parametrize(
-    "fields", [{"kind": "delta"}, {"base": BASE}, {"kind": "half"}, {"settings": {"x": object()}}]
-)
+@pytest.mark.parametrize("fields", [{"kind": "delta"}, {"base": BASE}, {"kind": "half"}, {"settings": {"x": object()}}])
 def test_contradictions_are_refused_before_writing(tmp_path, fields):
     with pytest.raises(RefusedError):
         save_checkpoint_folder(tmp_path / "c", {}, **fields)

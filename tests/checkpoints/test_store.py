@@ -198,9 +198,7 @@ def test_swapped_files_and_swapped_tensors(tmp_path):
     with pytest.raises(DamagedError, match="'b'"):
         load_tensors(one, names=["b"])
     file = two / "other.safetensors"
-    file.write_bytes(
-        file.read_bytes().replace(b'"a"', b'"?"').replace(b'"b"', b'"a"').replace(b'"?"', b'"b"')
-    )
+    file.write_bytes(file.read_bytes().replace(b'"a"', b'"?"').replace(b'"b"', b'"a"').replace(b'"?"', b'"b"'))
     with pytest.raises(DamagedError, match="'a'"):
         load_tensors(two, "other", names=["a"])
     shutil.copy(one / "manifest.json", two / "manifest.json")

@@ -21,9 +21,7 @@ def equal(a, b):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
         return (
-            list(a) == list(b)
-            and all(type(x) is type(y) for x, y in zip(a, b))
-            and all(equal(a[k], b[k]) for k in a)
+            list(a) == list(b) and all(type(x) is type(y) for x, y in zip(a, b)) and all(equal(a[k], b[k]) for k in a)
         )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
@@ -79,9 +77,7 @@ def test_torch_types_and_paths():
 
 
 def test_tensors_are_named_by_their_path():
-    _, tensors = split(
-        {"optimizer": [{"state": {0: {"exp_avg": torch.ones(1)}}}], "a/b": torch.zeros(1)}, "state"
-    )
+    _, tensors = split({"optimizer": [{"state": {0: {"exp_avg": torch.ones(1)}}}], "a/b": torch.zeros(1)}, "state")
     assert set(tensors) == {"state/optimizer/0/state/0/exp_avg", "state/a/b"}
     value = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}}
     assert equal(round_trip(value), value)
@@ -115,9 +111,7 @@ def test_a_value_that_holds_itself():
         split(loop)
 
 
-@pytest.mark.parametrize(
-    "value", [{"$": 1}, {"$": ["tensor", "gone"]}, {"$": ["exec", "x"]}, {"$": ["float", []]}]
-)
+@pytest.mark.parametrize("value", [{"$": 1}, {"$": ["tensor", "gone"]}, {"$": ["exec", "x"]}, {"$": ["float", []]}])
 def test_foreign_json_is_damage(value):
     with pytest.raises(DamagedError):
         join(value, {})

@@ -1,8 +1,10 @@
+import copy
 import json
 import types
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fulgurite.datamodules.jsonl import JsonlDataModule
 from fulgurite.samples import DataError
@@ -154,3 +156,30 @@ def test_options_that_would_spoil_ranks(folder):
     module.trainer = TwoRanks(wraps=True)
     with pytest.raises(DataError, match=r"use_distributed_sampler"):
         module.setup("fit")
+
+
+@pytest.mark.parametrize("limit", [2, 4])
+def test_resume_without_reloading_is_exact(folder, trainer, watcher, limit, tmp_path):
+    """A limited epoch leaves the loader in the middle; the next epoch must still start at its beginning."""
+    saver = ModelCheckpoint(
+        tmp_path / "steps", "{step}", save_top_k=-1, every_n_train_steps=1, auto_insert_metric_name=False
+    )
+    at_epoch = ModelCheckpoint(
+        tmp_path / "epochs", "{step}", save_top_k=-1, auto_insert_metric_name=False, save_on_train_epoch_end=True
+    )
+    options = {
+        "max_epochs": 3,
+        "enable_checkpointing": True,
+        "reload_dataloaders_every_n_epochs": 0,
+        "limit_train_batches": limit,
+    }
+    start = copy.deepcopy(watcher)
+    trainer(**options, callbacks=[saver, at_epoch]).fit(watcher, datamodule=data(folder))
+    reference = [s for s in watcher.seen if s[0] == "train"]
+    for path in [*(tmp_path / "steps").iterdir(), *(tmp_path / "epochs").iterdir()]:
+        if path.stem == str(3 * limit):
+            continue
+        resumed = copy.deepcopy(start)
+        trainer(**options).fit(resumed, datamodule=data(folder), ckpt_path=path)
+        assert [s for s in resumed.seen if s[0] == "train"] == reference[int(path.stem) :], path
+        assert torch.equal(resumed.map.weight, watcher.map.weight)
