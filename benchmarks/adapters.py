@@ -91,7 +91,8 @@ def main() -> None:
         count = sum(p.numel() for p in trained[name][1]) if name in trained else 0
         against = ""
         if name in trained:
-            against = f"   {taken / times[reference]:.2f} x the time and {memory[name] / memory[reference]:.2f} x the memory of peft"
+            time, size = taken / times[reference], memory[name] / memory[reference]
+            against = f"   {time:.2f} x the time and {size:.2f} x the memory of peft"
         print(
             f"{name:<15}{taken * 1e3:9.0f} ms {taken / base:6.2f} x forward {memory[name] / 2**20:8.0f} MiB"
             f"{count:>12,} trained{against}"

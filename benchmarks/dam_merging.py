@@ -3,8 +3,9 @@
     python benchmarks/dam_merging.py [--rounds 15] [--threads 2]
 
 Every round runs all forms one after the other in this process; a form's time is its minimum over the rounds,
-and figures are multiples of the plain adapter's. The naive form is the published one: all K experts are weighted
-for every sample, (B, K, O, I), summed, and applied by einsum. Memory is the peak of what one call allocates.
+and figures are multiples of the plain adapter's. The naive form is the published one: all K experts are
+weighted for every sample, (B, K, O, I), summed, and applied by einsum. Memory is the peak of what one call
+allocates.
 """
 
 from __future__ import annotations

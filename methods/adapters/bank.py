@@ -103,15 +103,11 @@ class AdapterBank(nn.Module):
             site.module.register_forward_hook(functools.partial(self._adapt, key), with_kwargs=True)
 
     def _check_nesting(self) -> None:
-        replaced = [
-            self._sites[key].name for key, adapter in self._set(LIVE).items() if adapter.verb == "replace"
-        ]
+        replaced = [self._sites[key].name for key, adapter in self._set(LIVE).items() if adapter.verb == "replace"]
         for outer in replaced:
             for site in self._sites.values():
                 if site.name.startswith(f"{outer}."):
-                    raise ValueError(
-                        f"{site.name!r} lies inside {outer!r}, which is replaced; adapt only one of them"
-                    )
+                    raise ValueError(f"{site.name!r} lies inside {outer!r}, which is replaced; adapt only one of them")
 
     @property
     def live(self) -> str:
@@ -143,9 +139,7 @@ class AdapterBank(nn.Module):
         for key, site in self._sites.items():
             adapter = self.placements[site.placement].kind(site.module)
             if not isinstance(adapter, Adapter):
-                raise ValueError(
-                    f"placement {site.placement} makes a {type(adapter).__name__}, which is no Adapter"
-                )
+                raise ValueError(f"placement {site.placement} makes a {type(adapter).__name__}, which is no Adapter")
             parameter = next(site.module.parameters(), None)
             adapters[key] = adapter if parameter is None else adapter.to(parameter.device)
         self.sets[name] = adapters.requires_grad_(name == LIVE)
@@ -197,9 +191,7 @@ class AdapterBank(nn.Module):
                     problems.append(f"{site} {tensor}: given {shapes[0]}, model {shapes[1]}")
         if problems:
             shown = "\n  ".join(problems[:20])
-            raise ValueError(
-                f"{len(problems)} adapters or tensors do not fit this model's adapters:\n  {shown}"
-            )
+            raise ValueError(f"{len(problems)} adapters or tensors do not fit this model's adapters:\n  {shown}")
         for site, tensors in sites.items():
             for tensor, own in adapters[site].state_dict().items():
                 own.copy_(tensors[tensor])
@@ -254,9 +246,7 @@ class AdapterBank(nn.Module):
         adapters = [self._set(name) for name in names]
         if selection.dim() == 1 and selection.dtype == torch.long:
             if len(selection) and not 0 <= int(selection.min()) <= int(selection.max()) < len(names):
-                raise ValueError(
-                    f"a set's index lies outside 0 to {len(names) - 1}; the sets are {list(names)}"
-                )
+                raise ValueError(f"a set's index lies outside 0 to {len(names) - 1}; the sets are {list(names)}")
             return _Selection(mixture=Mixture.one_hot(selection, len(names)), sets=names)
         if selection.dim() != 2 or selection.shape[1] != len(names) or not selection.is_floating_point():
             raise ValueError(
@@ -273,9 +263,7 @@ class AdapterBank(nn.Module):
                 )
         return _Selection(mixture=Mixture.of(selection), sets=names)
 
-    def _adapt(
-        self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-    ) -> Tensor:
+    def _adapt(self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
         """The forward hook of the site ``key``."""
         chosen = _ACTIVE.get().get(id(self), _Selection(LIVE))
         x = args[0] if args else next(iter(kwargs.values()))

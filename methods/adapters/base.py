@@ -40,9 +40,7 @@ class Adapter(nn.Module, ABC):
     @classmethod
     def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
         """Output of the adapters that each sample's weights average, exactly. ``x``, ``y`` are (B, ...)."""
-        raise NotImplementedError(
-            f"{cls.__name__} does not define mixing; select one set by name or by index"
-        )
+        raise NotImplementedError(f"{cls.__name__} does not define mixing; select one set by name or by index")
 
     @classmethod
     def select(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
@@ -64,6 +62,4 @@ def site_width(site: int | nn.Module) -> int:
         size = getattr(site, name, None)
         if size is not None:
             return size if isinstance(size, int) else size[-1]
-    raise ValueError(
-        f"the width of a {type(site).__name__} is not known; attach to a layer, or give the width"
-    )
+    raise ValueError(f"the width of a {type(site).__name__} is not known; attach to a layer, or give the width")

@@ -160,19 +160,13 @@ def _batched(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | No
     return torch.baddbmm((shares @ torch.stack(tuple(biases)))[:, None], x, merged.mT)
 
 
-def _factored(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, shares: Tensor
-) -> Tensor:
+def _factored(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, shares: Tensor) -> Tensor:
     out_features, in_features = weights[0].shape
     if out_features <= in_features:  # weigh on the narrow side: it is what autograd keeps
-        each = F.linear(x, torch.cat(tuple(weights))).unflatten(
-            -1, (len(weights), out_features)
-        )  # (B, S, k, O)
+        each = F.linear(x, torch.cat(tuple(weights))).unflatten(-1, (len(weights), out_features))  # (B, S, k, O)
         out = torch.einsum("bsko,bk->bso", each, shares)
     else:
-        out = F.linear(
-            (shares[:, None, :, None] * x[:, :, None]).flatten(2), torch.cat(tuple(weights), dim=1)
-        )
+        out = F.linear((shares[:, None, :, None] * x[:, :, None]).flatten(2), torch.cat(tuple(weights), dim=1))
     return out if biases is None else out + (shares @ torch.stack(tuple(biases)))[:, None]
 
 
@@ -196,9 +190,7 @@ class _RowsLinear(torch.autograd.Function):
     """The ``rows`` form. Keeps ``x`` and the experts for the backward pass, and merges anew there."""
 
     @staticmethod
-    def forward(
-        ctx, mixture: Mixture, num_experts: int, x: Tensor, shares: Tensor, *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx, mixture: Mixture, num_experts: int, x: Tensor, shares: Tensor, *tensors: Tensor) -> Tensor:
         weights, biases = tensors[:num_experts], tensors[num_experts:]
         ctx.mixture, ctx.num_experts = mixture, num_experts
         ctx.save_for_backward(x, *tensors)

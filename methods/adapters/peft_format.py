@@ -125,9 +125,7 @@ def _differences(site: str, adapter: LoRA, config: Mapping[str, Any]) -> Iterato
         "alpha": (_of_site(config.get("alpha_pattern"), site, config.get("lora_alpha", 8)), adapter.alpha),
         "rslora": (config.get("use_rslora", False), adapter.rslora),
     }
-    return (
-        f"{site} {key}: file {file}, here {here}" for key, (file, here) in settings.items() if file != here
-    )
+    return (f"{site} {key}: file {file}, here {here}" for key, (file, here) in settings.items() if file != here)
 
 
 def _of_site(pattern: Mapping[str, float] | None, site: str, default: float) -> float:
@@ -145,9 +143,7 @@ def _named(bank: AdapterBank, name: str, root: str) -> Iterator[tuple[str, Adapt
         if not site.startswith(prefix):
             raise ValueError(f"the site {site!r} lies outside root={root!r}")
         if not isinstance(adapter, (LoRA, Replace)):
-            raise ValueError(
-                f"peft's layout holds LoRA and replaced modules, not {type(adapter).__name__} ({site!r})"
-            )
+            raise ValueError(f"peft's layout holds LoRA and replaced modules, not {type(adapter).__name__} ({site!r})")
         yield site.removeprefix(prefix), adapter
 
 

@@ -51,9 +51,7 @@ def mixing_weights(
     order = known.argsort(dim=-1, descending=True, stable=True)[..., :count]
     kept = known.gather(-1, order)
     # The largest is subtracted first, so that a constant added to all similarities changes nothing.
-    shares = (
-        kept / kept.sum(-1, keepdim=True) if is_prob else ((kept - kept[..., :1]) / temperature).softmax(-1)
-    )
+    shares = kept / kept.sum(-1, keepdim=True) if is_prob else ((kept - kept[..., :1]) / temperature).softmax(-1)
     return torch.zeros_like(similarities).scatter(-1, order, shares)
 
 
@@ -126,9 +124,7 @@ class CentroidRouter(Router):
         return joined
 
     @torch.no_grad()
-    def update(
-        self, features: Features, expert: str, reduce: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def update(self, features: Features, expert: str, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
         """Add the features (N, D) of some training samples, N >= 0, to the mean of ``expert``.
 
         ``reduce`` sums a tensor over processes. With several processes give it, and call this equally often
@@ -173,9 +169,7 @@ class CentroidRouter(Router):
         """
         empty = [name for name, n in zip(self.experts[:num_models], self.counts.tolist()) if n == 0]
         if empty or not self.experts:
-            raise ValueError(
-                f"no training features of {empty or 'any expert'}; update the router before routing"
-            )
+            raise ValueError(f"no training features of {empty or 'any expert'}; update the router before routing")
         kept = self.top_k if top_k is None else top_k
         weights = mixing_weights(self.similarities(features), kept, self.temperature, num_models)
         return weights.float()

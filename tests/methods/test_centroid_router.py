@@ -17,9 +17,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 def reference(train: list[np.ndarray], test: np.ndarray, k: int, temperature: float) -> np.ndarray:
     centroids = np.stack([t.astype(np.float64).mean(0) for t in train])
     centroids /= np.linalg.norm(centroids, axis=1, keepdims=True)
-    scores = (
-        test.astype(np.float64) / np.linalg.norm(test.astype(np.float64), axis=1, keepdims=True) @ centroids.T
-    )
+    scores = test.astype(np.float64) / np.linalg.norm(test.astype(np.float64), axis=1, keepdims=True) @ centroids.T
     for row in scores:
         row[np.argsort(-row, kind="stable")[k:]] = -np.inf
     shares = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
@@ -33,9 +31,7 @@ def test_weights_equal_the_formula(top_k, temperature):
     router = CentroidRouter(top_k, temperature, width=8, experts=["x", "y", "z"])
     for name, features in zip("xyz", train):
         router.update(features, name)
-    expected = reference(
-        [t.numpy() for t in train], test.numpy(), top_k if 0 < top_k <= 3 else 3, temperature
-    )
+    expected = reference([t.numpy() for t in train], test.numpy(), top_k if 0 < top_k <= 3 else 3, temperature)
     np.testing.assert_allclose(router(test).numpy(), expected, atol=1e-6)
 
 

@@ -53,9 +53,7 @@ def test_values_and_all_gradients_equal_the_slow_form(form, with_bias, sizes):
     )
     torch.testing.assert_close(fast, reference, rtol=0, atol=1e-12)
     grad = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for one, other in zip(
-        torch.autograd.grad(fast, inputs, grad), torch.autograd.grad(reference, inputs, grad)
-    ):
+    for one, other in zip(torch.autograd.grad(fast, inputs, grad), torch.autograd.grad(reference, inputs, grad)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
@@ -71,10 +69,7 @@ def test_gradients_go_only_where_they_are_asked_for(form):
 
 def test_equal_rows_are_one_group_and_zero_experts_are_left_out():
     mixture = Mixture.of(WEIGHTS)
-    groups = {
-        g.experts: (g.rows if isinstance(g.rows, slice) else g.rows.tolist(), g.weights)
-        for g in mixture.groups
-    }
+    groups = {g.experts: (g.rows if isinstance(g.rows, slice) else g.rows.tolist(), g.weights) for g in mixture.groups}
     assert groups == {
         (1, 0): ([0, 2], (0.75, 0.25)),
         (2,): (slice(1, 2), (1.0,)),
@@ -108,9 +103,7 @@ def test_the_rows_form_allocates_one_map_and_the_output():
     mixture = Mixture.of(shares)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         mixed_linear(x, weights, None, mixture)
-    allocated = sum(
-        max(event.self_device_memory_usage, event.self_cpu_memory_usage, 0) for event in profile.events()
-    )
+    allocated = sum(max(event.self_device_memory_usage, event.self_cpu_memory_usage, 0) for event in profile.events())
     assert 4 * 32 * 8 * 16 <= allocated <= 1.2 * 4 * (32 * 8 * 16 + 16 * 128)
 
 
