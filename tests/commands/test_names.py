@@ -1,0 +1,40 @@
+import ast
+import sys
+
+from fulgurite.commands.names import FOLDERS, ROOT, STRATEGY, class_table, complete, import_named
+
+
+def test_the_table_holds_the_public_classes_that_the_syntax_trees_hold():
+    expected = {}
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            module = ".".join(("fulgurite", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+            for node in ast.parse(file.read_text()).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    expected.setdefault(node.name, []).append(module)
+    assert class_table() == expected
+    assert class_table()["RunFolder"] == ["fulgurite.callbacks.run_folder"]
+
+
+def test_only_the_named_modules_are_imported(monkeypatch):
+    for module in ("fulgurite.callbacks.rng", "fulgurite.callbacks.init_from"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    documents = [{"a": {"class_path": "RandomStates"}, "question": "Who is InitialWeights"}]
+    assert import_named(["--x", "my.RunFolder"], documents) == ["fulgurite.callbacks.rng"]
+    assert "fulgurite.callbacks.init_from" not in sys.modules
+    assert import_named(["--kind={class_path: InitialWeights}"], []) == ["fulgurite.callbacks.init_from"]
+
+
+def test_class_paths_are_completed_and_other_texts_stay():
+    value = {"k": [{"class_path": "RandomStates"}, "RandomStates"], "class_path": "torch.nn.Linear"}
+    full = {"k": [{"class_path": "fulgurite.callbacks.rng.RandomStates"}, "RandomStates"]}
+    assert complete(value) == {**full, "class_path": "torch.nn.Linear"}
+    assert complete({"class_path": "Nowhere"}) == {"class_path": "Nowhere"}
+
+
+def test_the_sharded_strategy_is_this_projects():
+    ours = {"class_path": STRATEGY}
+    assert complete({"trainer": {"strategy": "fsdp2"}}) == {"trainer": {"strategy": ours}}
+    assert complete({"trainer.strategy": "ModelParallelStrategy"}) == {"trainer.strategy": ours}
+    assert complete({"strategy": {"class_path": "ModelParallelStrategy"}}) == {"strategy": ours}
+    assert complete({"trainer": {"strategy": "ddp"}}) == {"trainer": {"strategy": "ddp"}}

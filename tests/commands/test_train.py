@@ -1,0 +1,235 @@
+import json
+import re
+import signal
+import sys
+
+import pytest
+import torch
+import yaml
+
+from fulgurite.checkpoints import load_tensors
+
+
+@pytest.fixture
+def trained(cli):
+    """A finished run in ``run``."""
+    assert cli("fit", "--config", "toy.yaml", "--model.lr", "0.123", "--run", "run")[0] == 0
+    return "run"
+
+
+def weights(run):
+    return load_tensors(f"{run}/checkpoints/last")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_options_of_this_project_are_these(cli):
+    """A new option is a decision, not an accident."""
+    own = r"^  (?:-c \S+, )?--((?!trainer|model|data)[\w.]+)"
+    fit = re.findall(own, cli("fit", "--help")[1], re.MULTILINE)
+    lightning = ["config", "print_config", "seed_everything", "ckpt_path", "weights_only"]
+    checkpoint = [
+        *("checkpoint", "checkpoint.dirpath", "checkpoint.filename", "checkpoint.monitor", "checkpoint.mode"),
+        *(
+            "checkpoint.verbose",
+            "checkpoint.save_last",
+            "checkpoint.save_top_k",
+            "checkpoint.save_on_exception",
+        ),
+        *(
+            "checkpoint.save_weights_only",
+            "checkpoint.auto_insert_metric_name",
+            "checkpoint.every_n_train_steps",
+        ),
+        *(
+            "checkpoint.train_time_interval",
+            "checkpoint.every_n_epochs",
+            "checkpoint.save_on_train_epoch_end",
+        ),
+    ]
+    shared = ["experiment", "runs"]
+    assert sorted(fit) == sorted([*lightning, *checkpoint, *shared, "test_after_fit", "init_from", "resume", "run"])
+    test = re.findall(own, cli("test", "--help")[1], re.MULTILINE)
+    assert sorted(test) == sorted([*lightning, "verbose", *checkpoint, *shared])
+
+
+def test_fit_leaves_a_run_folder_whose_config_repeats_it(cli, project):
+    code, _, err = cli("fit", "--config", "toy.yaml")
+    assert code == 0
+    (run,) = (project / "runs" / "toy").iterdir()
+    assert str(run.relative_to(project)) in err
+    for name in ("config.yaml", "metrics.json", "metrics.csv", "checkpoints/last/manifest.json"):
+        assert (run / name).is_file(), name
+    assert list(run.glob("events.out.tfevents*"))
+    assert cli("fit", "--config", str(run / "config.yaml"))[0] == 0
+    again = next(other for other in run.parent.iterdir() if other != run)
+    assert equal(weights(run), weights(again))
+    assert json.loads((run / "metrics.json").read_text()) == json.loads((again / "metrics.json").read_text())
+    assert (run / "config.yaml").read_text() == (again / "config.yaml").read_text()
+
+
+def test_configs_merge_left_to_right_and_the_command_line_wins(cli, project):
+    (project / "b.yaml").write_text("model: {init_args: {lr: 2, width: 5}}\ndata: {init_args: {width: 5}}\n")
+    argv = ("--config", "toy.yaml", "--config", "b.yaml", "--model.lr", "3", "--print_config")
+    code, out, _ = cli("fit", *argv)
+    printed = yaml.safe_load(out)
+    assert code == 0
+    assert printed["model"]["init_args"] == {"width": 5, "lr": 3.0, "activation": None, "refuse": False}
+    assert printed["trainer"]["max_epochs"] == 1
+    assert not (project / "runs").exists()
+    (project / "printed.yaml").write_text(out)
+    code, again, _ = cli("fit", "--config", "printed.yaml", "--print_config")
+    assert (code, again) == (0, out)
+    assert cli("fit", "--config", "printed.yaml", "--run", "printed")[0] == 0
+
+
+def test_a_checkpoint_alone_is_enough_to_evaluate(cli, project, trained):
+    code, out, err = cli("test", "--ckpt_path", f"{trained}/checkpoints/last")
+    assert code == 0
+    assert "checkpoint was made with" not in out + err
+    (folder,) = (project / trained / "evaluations").iterdir()
+    assert folder.name.startswith("test-")
+    rows = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = torch.arange(12)
+    state = weights(trained)
+    loss = (rows @ state["layer.weight"].T + state["layer.bias"]).square().mean().item()
+    assert json.loads((folder / "metrics.json").read_text())["test/loss"] == pytest.approx(loss, rel=1e-5)
+    assert cli("test", "--config", f"{trained}/config.yaml", "--ckpt_path", trained)[0] == 0
+
+
+def test_what_the_user_writes_wins_over_the_checkpoint_and_both_are_named(cli, project, trained):
+    code, out, err = cli("validate", "--ckpt_path", trained, "--model.lr", "0.5", "--data.init_args.batch_size=2")
+    assert code == 0
+    lines = [line for line in (out + err).splitlines() if "checkpoint was made with" in line]
+    assert lines == [
+        "model.init_args.lr: using 0.5 (command line), checkpoint was made with 0.123",
+        "data.init_args.batch_size: using 2 (command line), checkpoint was made with 4",
+    ]
+    (folder,) = (project / trained / "evaluations").iterdir()
+    used = yaml.safe_load((folder / "config.yaml").read_text())
+    assert used["model"]["init_args"]["lr"] == 0.5
+    _, out, err = cli("validate", "--config", "toy.yaml", "--ckpt_path", trained)
+    assert "model.init_args.lr: using 0.001 (toy.yaml), checkpoint was made with 0.123" in out + err
+
+
+def test_predictions_are_written_in_the_order_of_the_data(cli, project, trained):
+    assert cli("predict", "--ckpt_path", trained, "--data.batch_size", "5")[0] == 0
+    (file,) = (project / trained / "evaluations").glob("predict-*/predictions.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(12))
+    assert isinstance(rows[0]["answer"], float)
+    with pytest.raises(TypeError, match="list of dicts"):
+        cli("predict", "--config", "toy.yaml", "--model", "toy_project.Tuples")
+
+
+def test_resume_continues_in_the_same_folder_to_the_same_weights(cli, project):
+    assert cli("fit", "--config", "toy.yaml", "--trainer.max_epochs", "3", "--run", "whole")[0] == 0
+    assert cli("fit", "--config", "toy.yaml")[0] == 0
+    (run,) = (project / "runs" / "toy").iterdir()
+    assert cli("fit", "--config", "toy.yaml", "--trainer.max_epochs", "3", "--resume", "auto")[0] == 0
+    assert [*(project / "runs" / "toy").iterdir()] == [run]
+    assert equal(weights(run), weights("whole"))
+    steps = [
+        [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()]
+        for folder in (project / "whole", run)
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_resume_by_path_needs_no_config(cli, project, trained):
+    assert cli("fit", "--resume", f"{trained}/checkpoints/last", "--trainer.max_epochs", "2")[0] == 0
+    assert yaml.safe_load((project / trained / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    assert cli("fit", "--run", trained, "--resume", "auto", "--trainer.max_epochs", "3")[0] == 0
+    state = json.loads((project / trained / "checkpoints" / "last" / "manifest.json").read_text())
+    assert state["facts"]["global_step"] == 9
+
+
+def test_a_run_is_not_overwritten_by_accident(cli, trained):
+    code, _, err = cli("fit", "--config", "toy.yaml", "--run", trained)
+    assert code == 2
+    assert "--resume auto" in err
+
+
+def test_resume_auto_without_a_run_starts_one(cli, project):
+    code, out, err = cli("fit", "--config", "toy.yaml", "--resume", "auto", "--experiment", "fresh")
+    assert code == 0
+    assert "nothing to continue" in out + err
+    assert len([*(project / "runs" / "fresh").iterdir()]) == 1
+
+
+def test_initial_weights_start_a_new_run(cli, project, trained):
+    argv = ("--config", "toy.yaml", "--init_from", trained, "--model.lr", "0", "--run", "started")
+    assert cli("fit", *argv)[0] == 0
+    assert equal(weights("started"), weights(trained))
+    code, _, err = cli("fit", "--config", "toy.yaml", "--init_from", trained, "--model.width=5", "--data.width=5")
+    assert code == 2
+    assert "layer.weight: file (1, 4), module (1, 5)" in err
+
+
+def test_test_after_fit_adds_its_metrics(cli, project):
+    assert cli("fit", "--config", "toy.yaml", "--test_after_fit", "true", "--run", "run")[0] == 0
+    metrics = json.loads((project / "run" / "metrics.json").read_text())
+    assert metrics.keys() == {"train/loss", "val/loss", "test/loss"}
+    assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])
+
+
+def test_lightnings_flags_keep_their_meaning(cli, project):
+    assert cli("fit", "--config", "toy.yaml", "--trainer.fast_dev_run", "true")[0] == 0
+    assert not list((project / "runs").rglob("*.json"))
+    argv = ("--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.limit_val_batches", "0")
+    assert cli("fit", "--config", "toy.yaml", *argv, "--run", "short")[0] == 0
+    files = {file.name for file in (project / "short").iterdir()}
+    assert files == {"config.yaml", "metrics.json", "checkpoints"}
+    manifest = json.loads((project / "short" / "checkpoints" / "last" / "manifest.json").read_text())
+    assert manifest["facts"]["global_step"] == 2
+    argv = ("--trainer.enable_checkpointing", "false", "--trainer.default_root_dir", "elsewhere")
+    assert cli("fit", "--config", "toy.yaml", *argv)[0] == 0
+    assert not list((project / "elsewhere" / "toy").glob("*/checkpoints"))
+    assert list((project / "elsewhere" / "toy").glob("*/metrics.json"))
+
+
+def test_a_users_logger_replaces_the_defaults(cli, project):
+    assert cli("fit", "--config", "toy.yaml", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir=l")[0] == 0
+    assert list((project / "l").rglob("metrics.csv"))
+    assert not list((project / "runs").rglob("metrics.csv"))
+
+
+def test_no_module_of_a_family_is_imported_that_no_config_names(cli):
+    before = {name for name in ("open_clip", "peft", "timm") if name in sys.modules}
+    assert cli("fit", "--config", "toy.yaml", "--trainer.fast_dev_run", "true")[0] == 0
+    assert {name for name in ("open_clip", "peft", "timm") if name in sys.modules} == before
+
+
+def test_allowing_a_prefix_lasts_for_one_call(cli):
+    from fulgurite.cli import main
+
+    assert cli("fit", "--config", "toy.yaml", "--print_config")[0] == 0
+    assert main(["fit", "--config", "toy.yaml", "--print_config"]) == 2
+
+
+def test_ctrl_c_gives_130(cli):
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = cli("fit", "--config", "toy.yaml", "--model", "toy_project.Interrupted")
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning has told it to be ignored
+    assert code == 130
+    assert "Traceback" not in err
+
+
+def test_sigterm_in_an_evaluation_gives_143(cli, trained):
+    argv = ("--model", "toy_project.Terminated", "--ckpt_path", trained)
+    assert cli("test", "--config", "toy.yaml", *argv)[0] == 143
+
+
+def test_sigterm_in_fit_saves_where_it_is_and_resumes_there(cli, project):
+    argv = ("--model", "toy_project.Terminated", "--model.at_step", "1", "--run", "run")
+    assert cli("fit", "--config", "toy.yaml", "--test_after_fit", "true", *argv)[0] == 143
+    manifest = json.loads((project / "run" / "checkpoints" / "last" / "manifest.json").read_text())
+    assert manifest["facts"]["global_step"] == 2
+    assert not (project / "run" / "metrics.json").exists()
+    assert cli("fit", "--resume", "run", "--model.at_step=-1", "--test_after_fit=false")[0] == 0
+    manifest = json.loads((project / "run" / "checkpoints" / "last" / "manifest.json").read_text())
+    assert manifest["facts"]["global_step"] == 3
