@@ -110,8 +110,8 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Map the tensors of ``path`` into memory, in the order of ``records``.
 
-    Copy-on-write, so changing them never changes the file. With ``verify`` the digest of each tensor returned is checked first. Raises `MissingError` for a name that
-    is not recorded, and `DamagedError` naming file and tensor.
+    Copy-on-write, so changing them never changes the file. With ``verify`` the digest of each tensor returned is
+    checked first. Raises `MissingError` for a name that is not recorded, `DamagedError` naming file and tensor.
     """
     wanted = list(records) if names is None else list(names)
     if missing := [name for name in wanted if name not in records]:
