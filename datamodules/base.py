@@ -180,9 +180,7 @@ class FulguriteDataModule(LightningDataModule):
             check_picklable(collator)
             samples = self._usable(split, collator)
             if not samples and split == SPLITS_OF_STAGE[stage][0]:
-                raise DataError(
-                    f"{type(self).__name__} has no samples in its split {split!r}, needed to {stage}"
-                )
+                raise DataError(f"{type(self).__name__} has no samples in its split {split!r}, needed to {stage}")
             check_fields(samples, collator, type(self).__name__, owner)
             self._splits[split] = samples
             self._log_counts(split, samples)
@@ -239,9 +237,7 @@ class FulguriteDataModule(LightningDataModule):
             return self.readable(split, samples, Video.check)
         return samples
 
-    def readable(
-        self, split: Split, samples: Sequence[Sample], check: Callable[[Video], object]
-    ) -> list[Sample]:
+    def readable(self, split: Split, samples: Sequence[Sample], check: Callable[[Video], object]) -> list[Sample]:
         """The samples whose video passes ``check``; the others are bad samples."""
         errors: dict[Video, DataError | None] = {None: None}
         kept = []
@@ -303,6 +299,5 @@ class FulguriteDataModule(LightningDataModule):
         filtered = Counter({d: n for (d, at), n in self.filtered.items() if at == split})
         for domain in dict.fromkeys([*self.info().domains, *kept, *skipped, *filtered]):
             rank_zero_info(
-                f"{domain} {split}: {kept[domain]} kept, {filtered[domain]} filtered, "
-                f"{skipped[domain]} skipped"
+                f"{domain} {split}: {kept[domain]} kept, {filtered[domain]} filtered, {skipped[domain]} skipped"
             )

@@ -52,13 +52,9 @@ class ContinualDataModule(FulguriteDataModule):
         if not domains:
             raise DataError("domains is empty: name at least one data set")
         stages = 1 if joint else len(domains)
-        epochs = (
-            [epochs_per_domain] * stages if isinstance(epochs_per_domain, int) else list(epochs_per_domain)
-        )
+        epochs = [epochs_per_domain] * stages if isinstance(epochs_per_domain, int) else list(epochs_per_domain)
         if len(epochs) != stages or min(epochs) < 1:
-            raise DataError(
-                f"epochs_per_domain={epochs_per_domain} must give at least 1 for each of {stages} stages"
-            )
+            raise DataError(f"epochs_per_domain={epochs_per_domain} must give at least 1 for each of {stages} stages")
         self.domains = domains
         self.epochs = epochs
         self.joint = joint
@@ -76,9 +72,7 @@ class ContinualDataModule(FulguriteDataModule):
             names = [name for info in infos for name in info.domains]
             repeated = sorted({name for name in names if names.count(name) > 1})
             if repeated:
-                raise DataError(
-                    f"The domains {repeated} occur twice; give each data set its own 'domain' name"
-                )
+                raise DataError(f"The domains {repeated} occur twice; give each data set its own 'domain' name")
             self._info = DataInfo(
                 tuple(names),
                 tuple(dict.fromkeys(answer for info in infos for answer in info.answers)),
@@ -149,8 +143,7 @@ class ContinualDataModule(FulguriteDataModule):
         trainer = self.trainer
         if len(self.epochs) > 1 and trainer.reload_dataloaders_every_n_epochs != 1:
             raise DataError(
-                "The training data change from stage to stage: set "
-                "trainer.reload_dataloaders_every_n_epochs to 1"
+                "The training data change from stage to stage: set trainer.reload_dataloaders_every_n_epochs to 1"
             )
         total = sum(self.epochs)
         if trainer.max_epochs is not None and trainer.max_epochs > total:

@@ -23,9 +23,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})"
-            ) from error
+            raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
         yield number, row
@@ -56,9 +54,7 @@ def read_vocabulary(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from error
     if isinstance(content, dict):
         if sorted(content.values(), key=str) != sorted(range(len(content)), key=str):
-            raise DataError(
-                f"{path}: the positions of the answers must be 0 to {len(content) - 1}, each once"
-            )
+            raise DataError(f"{path}: the positions of the answers must be 0 to {len(content) - 1}, each once")
         content = sorted(content, key=content.__getitem__)
     if not isinstance(content, list) or not content or not all(isinstance(a, str) and a for a in content):
         raise DataError(f"{path}: expected a JSON list of answers, or an object of answers and positions")

@@ -116,9 +116,7 @@ class JsonlDataModule(FulguriteDataModule):
             raise DataError(f"{where}: the question is missing or empty")
         answers = _scores(row, where)
         if answered and not answers:
-            raise DataError(
-                f"{where}: no answer; questions without answers belong in the file given as 'predict'"
-            )
+            raise DataError(f"{where}: no answer; questions without answers belong in the file given as 'predict'")
         return Sample(
             id=str(row.get("id", number)),
             domain=self.domain,

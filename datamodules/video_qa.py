@@ -52,9 +52,7 @@ class Layout:
     @property
     def answer_columns(self) -> tuple[str, ...]:
         """The CSV columns that hold answers."""
-        return (
-            ("answer",) if self.annotators == 1 else tuple(f"answer{i + 1}" for i in range(self.annotators))
-        )
+        return ("answer",) if self.annotators == 1 else tuple(f"answer{i + 1}" for i in range(self.annotators))
 
 
 LAYOUTS = {
@@ -122,9 +120,7 @@ class VideoQADataModule(FulguriteDataModule):
         if features_file is None and videos is None:
             raise DataError("Give features_file, or the folder of the video files as videos")
         if not 0 <= held_out < 1:
-            raise DataError(
-                f"held_out={held_out} must be a share of the training videos, from 0 up to below 1"
-            )
+            raise DataError(f"held_out={held_out} must be a share of the training videos, from 0 up to below 1")
         self.dataset = dataset
         self.layout = LAYOUTS[dataset]
         self.folder = Path(root) / self.layout.folder
@@ -154,9 +150,7 @@ class VideoQADataModule(FulguriteDataModule):
         samples = self._split(split)
         if self.subtitles is not None and samples:
             spoken = sum(s.speech is not None for s in samples)
-            rank_zero_info(
-                f"{self.dataset} {split}: {spoken / len(samples):.1%} of {len(samples)} with speech"
-            )
+            rank_zero_info(f"{self.dataset} {split}: {spoken / len(samples):.1%} of {len(samples)} with speech")
         known = set(self.info().answers)
         return self.within_vocabulary(samples, known, split, self.unknown_answers, str(self.folder))
 
@@ -266,7 +260,5 @@ def read_subtitles(path: Path) -> dict[str, str]:
         raise DataError(f"{path}: the subtitles of video {wrong[0]} are not one text")
     speech = {str(key): (text or "").strip() for key, text in content.items()}
     if not any(speech.values()):
-        raise DataError(
-            f"{path}: all {len(speech)} subtitles are empty; to go without speech, set subtitles to null"
-        )
+        raise DataError(f"{path}: all {len(speech)} subtitles are empty; to go without speech, set subtitles to null")
     return speech

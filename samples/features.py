@@ -170,9 +170,7 @@ def _file_key(identity: tuple[str, int, int]) -> str:
 class _Decoding(Dataset):
     """Transformed frames of videos; a video that fails comes back as the text of its error."""
 
-    def __init__(
-        self, videos: Sequence[tuple[str, Video]], sampling: FrameSampling, transform: Callable
-    ) -> None:
+    def __init__(self, videos: Sequence[tuple[str, Video]], sampling: FrameSampling, transform: Callable) -> None:
         self.videos, self.sampling, self.transform = videos, sampling, transform
 
     def __len__(self) -> int:
@@ -272,9 +270,7 @@ class _ShardWriter:
         for key, tensor in tensors.items():
             self.tensors[key] = tensor.to(self.dtype, copy=True)
             if not torch.isfinite(self.tensors[key]).all():
-                raise DataError(
-                    f"features of video {key} are not finite in {self.dtype}; store them as float32"
-                )
+                raise DataError(f"features of video {key} are not finite in {self.dtype}; store them as float32")
         if sum(t.nbytes for t in self.tensors.values()) >= SHARD_BYTES:
             self.flush()
 

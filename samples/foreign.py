@@ -54,9 +54,7 @@ def _read(path: Path, width: int) -> dict[str, Tensor]:
     for name, value in content.items():
         tensor = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if not isinstance(tensor, Tensor):
-            raise DataError(
-                f"{path}: the features of video {name} are a {type(value).__name__}, not an array"
-            )
+            raise DataError(f"{path}: the features of video {name} are a {type(value).__name__}, not an array")
         _check(path, str(name), tuple(tensor.shape), width)
         tensors[str(name)] = tensor.clone()
     return tensors

@@ -73,7 +73,5 @@ class GlobalBatchSampler:
             batch = order[at : at + self.global_batch_size]
             share = -(-len(batch) // self.world)
             mine = batch[self.rank :: self.world]
-            repeats = [
-                batch[(self.rank + i) % len(batch)] + self.num_samples for i in range(share - len(mine))
-            ]
+            repeats = [batch[(self.rank + i) % len(batch)] + self.num_samples for i in range(share - len(mine))]
             yield mine + repeats

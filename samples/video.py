@@ -60,9 +60,7 @@ class Video:
         wanted = [int(i) for i in indices]
         outside = [i for i in wanted if not 0 <= i < len(index.times)]
         if outside:
-            raise DataError(
-                f"{self.path}: frames {outside} asked for, but it has frames 0 to {len(index.times) - 1}"
-            )
+            raise DataError(f"{self.path}: frames {outside} asked for, but it has frames 0 to {len(index.times) - 1}")
         if not wanted:
             return torch.empty(0, 3, index.height, index.width, dtype=torch.uint8)
         found = {i: frame for i in set(wanted) if (frame := FRAMES.get((index.identity, i))) is not None}
@@ -177,9 +175,7 @@ def _open(path: str | Path) -> InputContainer:
     try:
         return av.open(os.fspath(path), metadata_errors="ignore")
     except (av.error.FFmpegError, OSError) as error:
-        raise DataError(
-            f"{path}: not a readable video; the file may be truncated ({error.strerror})"
-        ) from error
+        raise DataError(f"{path}: not a readable video; the file may be truncated ({error.strerror})") from error
 
 
 @lru_cache(maxsize=8192)
@@ -230,19 +226,14 @@ def _read_index(identity: tuple[str, int, int]) -> _Index:
 
 def _check_length(path: str, container: InputContainer, packets: Sequence[av.Packet]) -> None:
     """Matroska announces a length in its head; a file that was cut ends before it without an error."""
-    if (
-        not container.format.name.startswith("matroska")
-        or not container.duration
-        or len(container.streams) > 1
-    ):
+    if not container.format.name.startswith("matroska") or not container.duration or len(container.streams) > 1:
         return
     ends = [float((p.pts + (p.duration or 0)) * p.time_base) for p in packets if p.pts is not None]
     announced = container.duration / 1_000_000
     spacing = announced / len(packets)
     if ends and max(ends) < announced - max(1.5 * spacing, 0.002):
         raise DataError(
-            f"{path}: damaged or truncated video: {announced:.3f} s announced, "
-            f"pictures end at {max(ends):.3f} s"
+            f"{path}: damaged or truncated video: {announced:.3f} s announced, pictures end at {max(ends):.3f} s"
         )
 
 
@@ -297,9 +288,7 @@ def _decode_timed(
         raise DataError(f"{path}: damaged or truncated video ({error.strerror})") from error
 
 
-def _from_key(
-    container: InputContainer, stream: av.VideoStream, index: _Index, start: int
-) -> Iterator[av.VideoFrame]:
+def _from_key(container: InputContainer, stream: av.VideoStream, index: _Index, start: int) -> Iterator[av.VideoFrame]:
     """Decode onwards from key frame number ``start``, whatever the container's own seek thinks of it."""
     for k in range(start, -1, -1):
         container.seek(index.key_times[k], stream=stream, backward=True)

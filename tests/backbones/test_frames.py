@@ -107,9 +107,7 @@ def test_weights_by_name_and_by_position(tmp_path):
             tensor.add_(0.1)
     state = source.state_dict()
     torch.save(state, tmp_path / "names.pth")
-    torch.save(
-        {f"other.{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}, tmp_path / "p.pth"
-    )
+    torch.save({f"other.{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(state.items())}, tmp_path / "p.pth")
     torch.save(dict(list(state.items())[1:]), tmp_path / "short.pth")
     for file in ("names.pth", "p.pth"):
         loaded = TimmFrameEncoder("test_efficientnet", str(tmp_path / file), size=64).model.state_dict()

@@ -42,9 +42,7 @@ def test_forms_of_answers_and_optional_keys(folder):
         },
         {"video": "0.mp4", "question": "q?", "answers": {"x": 1, "y": 0.5}, "source": "somewhere"},
     ]
-    (folder / "a" / "own.jsonl").write_text(
-        "\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n"
-    )
+    (folder / "a" / "own.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
     one, two = data(folder, train="own.jsonl").samples("train")
     assert (one.id, one.question, one.answers, one.speech, one.options) == (
         "k",

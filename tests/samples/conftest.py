@@ -18,9 +18,7 @@ KINDS = {
 }
 
 
-def write(
-    path: Path, count=40, codec="libx264", options=None, variable_rate=False, rotation=0, seed=0
-) -> Path:
+def write(path: Path, count=40, codec="libx264", options=None, variable_rate=False, rotation=0, seed=0) -> Path:
     rng = np.random.default_rng(seed)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)

@@ -33,9 +33,7 @@ class Encoder(torch.nn.Module):
     def forward(self, pixels):
         self.frames += len(pixels)
         width = pixels.shape[-1] // 2
-        return (
-            torch.stack([pixels[..., :width].mean((2, 3)), pixels[..., width:].mean((2, 3))], 1) * self.scale
-        )
+        return torch.stack([pixels[..., :width].mean((2, 3)), pixels[..., width:].mean((2, 3))], 1) * self.scale
 
 
 SAMPLING = FrameSampling("uniform", 3)
@@ -62,9 +60,7 @@ def test_stored_features_are_the_encoder_s(videos, tmp_path, workers, dtype):
         found = reader[video_key(Video(path))]
         assert found.dtype == getattr(torch, dtype)
         assert found.shape == (3, 2, 3)
-        torch.testing.assert_close(
-            found.float(), expected(path), atol=1e-3 if dtype == "float16" else 1e-6, rtol=0
-        )
+        torch.testing.assert_close(found.float(), expected(path), atol=1e-3 if dtype == "float16" else 1e-6, rtol=0)
 
 
 def test_resumes_with_what_misses_and_moves_do_not_matter(videos, tmp_path, monkeypatch):

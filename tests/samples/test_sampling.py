@@ -26,9 +26,7 @@ def test_per_second():
     assert per_second(0.5, 3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "call", [lambda: uniform(0, 3), lambda: official_dam(3, 0), lambda: per_second(0, 9)]
-)
+@pytest.mark.parametrize("call", [lambda: uniform(0, 3), lambda: official_dam(3, 0), lambda: per_second(0, 9)])
 def test_impossible_requests(call):
     with pytest.raises(ValueError, match=r"0|positive"):
         call()
