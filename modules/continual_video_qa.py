@@ -27,9 +27,11 @@ from fulgurite.methods.routing.centroid import CentroidRouter
 from fulgurite.methods.schedules import Schedule
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy, continual_scores
 from fulgurite.metrics.vqa_accuracy import answer_credit
-from fulgurite.modules.modes import MODES, Mode, logits_of_rows, mode_weights
+from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mode_weights
 from fulgurite.modules.video_qa import INITIAL, ParamGroup, VideoQA
-from fulgurite.samples import Batch, DataInfo, Stage
+from fulgurite.reports.page import Section
+from fulgurite.reports.video_qa import ContinualTest, sections_of_continual
+from fulgurite.samples import Batch, DataInfo, Sample, Stage
 
 BEST = "best"
 
@@ -289,6 +291,12 @@ class ContinualVideoQA(VideoQA):
             counts = torch.tensor(matrix, dtype=torch.float64)
             if counts.sum() > 0:
                 self.log(f"test/{name}_accuracy", (counts.trace() / counts.sum()).item())
+
+    def report_sections(self, samples: Sequence[Sample]) -> list[Section]:
+        """What the report shows of the last test."""
+        return sections_of_continual(
+            ContinualTest(self.test_results, self.test_answers, samples, self.stages, MODE_NAMES)
+        )
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with probabilities and the mixing weights by domain, for every counted sample."""

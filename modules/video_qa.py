@@ -26,7 +26,9 @@ from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy
 from fulgurite.metrics.vqa_accuracy import answer_credit
 from fulgurite.modules.facts import describe_difference, read_facts, stage_names
-from fulgurite.samples import Batch, Collator, DataInfo, Stage
+from fulgurite.reports.page import Section
+from fulgurite.reports.video_qa import sections_of_plain
+from fulgurite.samples import Batch, Collator, DataInfo, Sample, Stage
 
 INITIAL = "initial"
 
@@ -289,7 +291,13 @@ class VideoQA(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` and one value per domain."""
-        self.log_row("test", self.test_accuracy.compute()["matrix"][0])
+        row = self.test_accuracy.compute()["matrix"][0]
+        self.test_row = {n: v for n, v in zip(self.info.domains, row.tolist()) if v == v}
+        self.log_row("test", row)
+
+    def report_sections(self, samples: Sequence[Sample]) -> list[Section]:
+        """What the report shows of the last test."""
+        return sections_of_plain(self.test_row, samples)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with probabilities for every counted sample."""
