@@ -241,6 +241,19 @@ def test_sets_come_and_go(owner):
         owner.bank.remove("live")
 
 
+def test_a_later_set_copies_the_pretrained_module_without_the_hooks_on_it(x):
+    model = Blocks()
+    bank = AdapterBank(model, [Placement(["norm"], Replace)])
+    for parameter in bank.parameters_of("live"):
+        parameter.data += 1.0
+    bank.add("later")
+    assert not bank.sets["later"]["norm"].module._forward_hooks
+    with bank.use(None):
+        bare = model(x)
+    with bank.use("later"):
+        assert torch.equal(model(x), bare)
+
+
 def test_adapters_of_some_sites_are_filled_or_nothing_is(owner):
     weight = owner.bank.adapters_of("a")["blocks.1.0"].state_dict()
     owner.bank.load_sites("live", {"blocks.2.0": weight})
