@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fulgurite.checkpoints import (
     CheckpointError,
+    DamagedError,
     load_document,
     load_tensors,
     read_manifest,
@@ -64,7 +65,11 @@ class DigestCheckpointIO(CheckpointIO):
         """
         manifest = read_manifest(path)
         checkpoint = load_document(path, "state")
-        checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], load_tensors(path, "weights"))
+        weights = load_tensors(path, "weights")
+        try:
+            checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], weights)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedError(f"{path}/state.json describes no state_dict: {error!r}") from error
         if read_manifest(path).digest != manifest.digest:
             raise CheckpointError(f"{path} was replaced by another process while it was read; load it again")
         return checkpoint

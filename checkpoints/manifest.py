@@ -205,6 +205,9 @@ def _problem_of_files(files: Mapping[str, Any]) -> str | None:
 
 
 def _problem_of_tensors(tensors: Mapping[str, Any], files: Mapping[str, Any]) -> str | None:
+    for name in files:
+        if name.endswith(".safetensors") and name not in tensors:
+            return f"it has no records of the tensors in {name!r}"
     for file, records in tensors.items():
         if file not in files or not isinstance(records, dict):
             return f"it has tensors of {file!r}, which is not among its files"

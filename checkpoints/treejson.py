@@ -50,7 +50,7 @@ def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     try:
         tag, content = value["$"]
         return _DECODERS[tag](content, tensors)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise DamagedError(f"stored value {str(value)[:80]} cannot be decoded: {error!r}") from error
 
 

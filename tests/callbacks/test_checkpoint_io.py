@@ -1,5 +1,7 @@
 """Lightning checkpoints as verified folders: same dict back, bitwise resume, published folders."""
 
+import copy
+import json
 import random
 
 import lightning.pytorch as pl
@@ -19,6 +21,7 @@ from fulgurite.checkpoints import (
     DamagedError,
     MissingError,
     RefusedError,
+    digest_of_bytes,
     read_manifest,
     verify,
 )
@@ -254,6 +257,47 @@ def test_a_checkpoint_replaced_while_it_is_read_is_not_mixed(tmp_path, monkeypat
     monkeypatch.setattr(checkpoint_io, "load_tensors", replace_first)
     with pytest.raises(CheckpointError, match="last was replaced"):
         io.load_checkpoint(path)
+
+
+JUNK = [None, True, -1, 1e300, "x", "../y", [], {}, {"$": ["tensor", "q"]}, {"$": ["device", "z"]}, {"$": [1]}]
+
+
+def spoilt(value, generator):
+    """``value`` with one entry somewhere in it renamed or replaced by junk."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    if not keys or generator.random() < 0.1:
+        return generator.choice(JUNK)
+    key = generator.choice(keys)
+    if isinstance(value, dict) and generator.random() < 0.15:
+        value[generator.choice(["$", "other"])] = value.pop(key)
+    else:
+        value[key] = spoilt(value[key], generator)
+    return value
+
+
+def test_only_typed_errors_escape_from_well_signed_nonsense(tmp_path):
+    """Digests cannot help against a file that was made wrong; it must still end in one error that names the path."""
+    io, path, generator = DigestCheckpointIO(), tmp_path / "c", random.Random(0)
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 0.99)}]}
+    io.save_checkpoint({"state_dict": {"w": torch.ones(2)}, "epoch": 1, "optimizer_states": [optimizer]}, path)
+    sound = {name: json.loads((path / name).read_text()) for name in ("state.json", "manifest.json")}
+    refused = 0
+    for index in range(200):
+        state, manifest = copy.deepcopy(sound["state.json"]), copy.deepcopy(sound["manifest.json"])
+        if index % 2:
+            state = spoilt(state, generator)
+        data = json.dumps(state).encode()
+        manifest["files"]["state.json"] = {"bytes": len(data), "digest": digest_of_bytes(data)}
+        manifest.pop("digest")
+        manifest = manifest if index % 2 else spoilt(manifest, generator)
+        body = json.dumps(manifest, indent=2).removesuffix("\n}").encode() + b","
+        (path / "state.json").write_bytes(data)
+        (path / "manifest.json").write_bytes(body + b'\n  "digest": "%s"\n}\n' % digest_of_bytes(body).encode())
+        try:
+            io.load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 50
 
 
 def test_crashed_leftovers_are_cleared_at_the_start(tmp_path):

@@ -54,6 +54,7 @@ def test_resigned_without_change_reads(folder):
         (lambda v: v.update(files=[]), "'files'"),
         (lambda v: v["files"]["state.json"].update(digest="md5:00"), "md5"),
         (lambda v: v["files"]["state.json"].update(bytes="12"), "'state.json'"),
+        (lambda v: v["tensors"].pop("weights.safetensors"), "'weights.safetensors'"),
         (lambda v: v["tensors"].update({"no.safetensors": {}}), "'no.safetensors'"),
         (lambda v: v["tensors"]["weights.safetensors"]["a"].update(shape=[-1]), "shape"),
         (lambda v: v["tensors"]["weights.safetensors"]["a"].pop("digest"), "'a'"),
