@@ -66,7 +66,7 @@ class RunFolder(Callback):
         """
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.fast_dev_run:
             path = self.path / CHECKPOINTS / "last"
-            trainer.save_checkpoint(path)
+            trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved in {path}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

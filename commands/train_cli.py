@@ -133,6 +133,9 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's loggers, callbacks and checkpoint format, in the run folder."""
+        # Not needed to parse or to show the help.
+        from fulgurite.callbacks.report import Report
+
         settings = dict(self.config_init.trainer)
         self.folder = self._new_folder()
         if settings["logger"] in (None, True):
@@ -142,6 +145,8 @@ class TrainCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
             settings["plugins"].append(DigestCheckpointIO())
         callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
+        if self.invocation.command in ("fit", "test") and not any(isinstance(c, Report) for c in callbacks):
+            callbacks.append(Report())
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:

@@ -77,3 +77,19 @@ def test_a_process_ended_by_sigterm_says_143_and_leaves_a_checkpoint(tmp_path):
     assert process.returncode == 143
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "last" / "manifest.json").read_text())
     assert manifest["facts"]["global_step"] in (3, 4)
+
+
+def test_two_processes_write_one_folder_in_the_order_of_the_data(tmp_path):
+    argv = ["predict", "--model", "toy_project.Net", "--data", "toy_project.Data", "--data.batch_size", "2"]
+    devices = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *argv, *devices, "--allow", "toy_project", "--experiment", "two"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TOYS)},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (folder,) = (tmp_path / "runs" / "two" / "evaluations").iterdir()
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == list(range(12))

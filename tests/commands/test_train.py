@@ -91,6 +91,7 @@ def test_a_checkpoint_alone_is_enough_to_evaluate(cli, project, trained):
     assert "checkpoint was made with" not in out + err
     (folder,) = (project / trained / "evaluations").iterdir()
     assert folder.name.startswith("test-")
+    assert (folder / "report.html").is_file()
     rows = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     rows[:, 0] = torch.arange(12)
     state = weights(trained)
