@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import bisect
 import os
+from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +97,12 @@ class Video:
         return _read_index(self.identity)
 
 
+class _Packet(NamedTuple):
+    time: int | None
+    key: bool
+    hidden: bool
+
+
 class FrameCache:
     """Least recently used frames of one process, bounded by bytes.
 
@@ -144,7 +152,7 @@ class _Index:
         order: decoding position of each picture, in display order.
         keys: decoding positions of key frames, ascending.
         key_times: their presentation times.
-        position_of: presentation time to decoding position.
+        hidden: presentation time to decoding position of pictures that are decoded but not shown (edit lists).
         timed: False where the container gives no usable times, so that pictures are counted from the start.
     """
 
@@ -154,11 +162,11 @@ class _Index:
     height: int
     width: int
     timed: bool
-    times: tuple[int, ...]
-    order: tuple[int, ...] = ()
+    times: Sequence[int]
+    order: Sequence[int] = ()
     keys: tuple[int, ...] = ()
     key_times: tuple[int, ...] = ()
-    position_of: dict[int, int] = field(default_factory=dict, repr=False)
+    hidden: Mapping[int, int] = field(default_factory=dict)
 
     def start_of(self, i: int) -> int:
         """Which key frame (number in ``keys``) to start from for picture ``i``: the last one that comes
@@ -168,83 +176,92 @@ class _Index:
             k -= 1
         return max(k, 0)
 
+    def position(self, time: int | None) -> int | None:
+        """Decoding position of the packet with presentation time ``time``, None where there is none."""
+        if time is None or time in self.hidden:
+            return self.hidden.get(time)
+        i = bisect.bisect_left(self.times, time)
+        return self.order[i] if i < len(self.times) and self.times[i] == time else None
 
-def _open(path: str | Path) -> InputContainer:
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Turns what FFmpeg raises into a `DataError` that names the file."""
     import av
 
     try:
-        return av.open(os.fspath(path), metadata_errors="ignore")
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        raise DataError(f"{path}: damaged or truncated video ({error.strerror})") from error
+
+
+def _open(path: str | Path, **options: str) -> InputContainer:
+    import av
+
+    try:
+        return av.open(os.fspath(path), metadata_errors="ignore", options=options)
     except (av.error.FFmpegError, OSError) as error:
         raise DataError(f"{path}: not a readable video; the file may be truncated ({error.strerror})") from error
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=1024)
 def _read_index(identity: tuple[str, int, int]) -> _Index:
-    import av
-
     path = identity[0]
     with _open(path) as container:
         if not container.streams.video:
             raise DataError(f"{path}: the file has no video stream")
         stream = container.streams.video[0]
-        try:
-            packets = [p for p in container.demux(stream) if p.size]
-        except (av.error.FFmpegError, OSError) as error:
-            raise DataError(f"{path}: damaged or truncated video ({error.strerror})") from error
-        if stream.frames > len(packets) or any(p.is_corrupt for p in packets):
-            raise DataError(
-                f"{path}: damaged or truncated video: {stream.frames} frames announced, {len(packets)} found"
-            )
+        # Matroska announces a length in its head; a file that was cut ends before it without any error.
+        announced = (container.duration or 0) / 1_000_000 if container.format.name.startswith("matroska") else 0.0
+        end = 0.0
+        packets: list[_Packet] = []
+        damaged = False
+        with _naming(path):
+            for p in container.demux() if announced else container.demux(stream):
+                if p.pts is not None:
+                    end = max(end, float((p.pts + (p.duration or 0)) * p.time_base))
+                if p.size and p.stream.index == stream.index:
+                    packets.append(_Packet(p.pts, p.is_keyframe, p.is_discard))
+                    damaged |= p.is_corrupt
+        if damaged or (stream.frames > len(packets) and stream.frames > (found := _count_without_edits(path))):
+            found = len(packets) if damaged else found
+            raise DataError(f"{path}: damaged or truncated video: {stream.frames} frames announced, {found} found")
         if not packets:
             raise DataError(f"{path}: the video stream has no frames")
-        _check_length(path, container, packets)
-        shown = [(p.pts, at) for at, p in enumerate(packets) if not p.is_discard]
+        if end < announced - max(1.5 * announced / len(packets), 0.002):
+            raise DataError(f"{path}: truncated video: {announced:.3f} s announced, it ends at {end:.3f} s")
+        shown = sorted((p.time, at) for at, p in enumerate(packets) if p.time is not None and not p.hidden)
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
-        fps = float(rate) if rate else 0.0
+        facts = (identity, stream.index, float(rate) if rate else 0.0)
         size = (stream.codec_context.height, stream.codec_context.width)
-        times = [pts for pts, _ in shown]
-        if None in times or len(set(times)) < len(times) or not packets[0].is_keyframe:
+        timed = all(p.time is not None for p in packets) and len({time for time, _ in shown}) == len(shown)
+        if not timed or not packets[0].key:
             count = sum(1 for _ in _decode_all(path, stream.index))
             if count == 0:
                 raise DataError(f"{path}: the video stream has no frames")
-            return _Index(identity, stream.index, fps, *size, timed=False, times=tuple(range(count)))
-        shown.sort()
-        keys = [at for at, p in enumerate(packets) if p.is_keyframe]
+            return _Index(*facts, *size, timed=False, times=range(count))
+        keys = [at for at, p in enumerate(packets) if p.key]
         return _Index(
-            identity,
-            stream.index,
-            fps,
+            *facts,
             *size,
             timed=True,
-            times=tuple(pts for pts, _ in shown),
-            order=tuple(at for _, at in shown),
+            times=array("q", (time for time, _ in shown)),
+            order=array("q", (at for _, at in shown)),
             keys=tuple(keys),
-            key_times=tuple(packets[at].pts for at in keys),
-            position_of={p.pts: at for at, p in enumerate(packets)},
+            key_times=tuple(packets[at].time for at in keys),
+            hidden={p.time: at for at, p in enumerate(packets) if p.hidden},
         )
 
 
-def _check_length(path: str, container: InputContainer, packets: Sequence[av.Packet]) -> None:
-    """Matroska announces a length in its head; a file that was cut ends before it without an error."""
-    if not container.format.name.startswith("matroska") or not container.duration or len(container.streams) > 1:
-        return
-    ends = [float((p.pts + (p.duration or 0)) * p.time_base) for p in packets if p.pts is not None]
-    announced = container.duration / 1_000_000
-    spacing = announced / len(packets)
-    if ends and max(ends) < announced - max(1.5 * spacing, 0.002):
-        raise DataError(
-            f"{path}: damaged or truncated video: {announced:.3f} s announced, pictures end at {max(ends):.3f} s"
-        )
+def _count_without_edits(path: str) -> int:
+    """Packets in the file, those included that its edit list cuts away (they are announced all the same)."""
+    with _open(path, ignore_editlist="1") as container, _naming(path):
+        return sum(1 for p in container.demux(container.streams.video[0]) if p.size)
 
 
 def _decode_all(path: str | Path, stream: int) -> Iterator[av.VideoFrame]:
-    import av
-
-    with _open(path) as container:
-        try:
-            yield from container.decode(container.streams[stream])
-        except (av.error.FFmpegError, OSError) as error:
-            raise DataError(f"{path}: damaged or truncated video ({error.strerror})") from error
+    with _open(path) as container, _naming(path):
+        yield from container.decode(container.streams[stream])
 
 
 def _decode(path: Path, index: _Index, wanted: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -266,13 +283,11 @@ def _decode(path: Path, index: _Index, wanted: Sequence[int]) -> Iterator[tuple[
 def _decode_timed(
     container: InputContainer, stream: av.VideoStream, path: Path, index: _Index, wanted: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
-    import av
-
     at_time = {index.times[i]: i for i in wanted}
     groups: OrderedDict[int, set[int]] = OrderedDict()
     for i in wanted:
         groups.setdefault(index.start_of(i), set()).add(index.times[i])
-    try:
+    with _naming(path):
         for start, times in groups.items():
             for frame in _from_key(container, stream, index, start):
                 if frame.pts in times:
@@ -284,8 +299,6 @@ def _decode_timed(
             if times:
                 lost = sorted(at_time[t] for t in times)
                 raise DataError(f"{path}: frames {lost} could not be decoded; the video is damaged")
-    except (av.error.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: damaged or truncated video ({error.strerror})") from error
 
 
 def _from_key(container: InputContainer, stream: av.VideoStream, index: _Index, start: int) -> Iterator[av.VideoFrame]:
@@ -294,7 +307,7 @@ def _from_key(container: InputContainer, stream: av.VideoStream, index: _Index, 
         container.seek(index.key_times[k], stream=stream, backward=True)
         packets = (p for p in container.demux(stream))
         first = next(packets)
-        position = index.position_of.get(first.pts) if first.pts is not None else None
+        position = index.position(first.pts)
         if position is not None and position <= index.keys[start]:
             break
     else:

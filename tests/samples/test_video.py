@@ -92,6 +92,47 @@ def test_rotated_video_comes_upright(tmp_path, write_video):
     assert turned[0, :, :8].std() > 5 * turned[0, :, 16:].std()
 
 
+@pytest.mark.parametrize(("cut", "left"), [(5, 35), (14, 26)])
+def test_trimmed_by_an_edit_list(tmp_path, videos, cut, left):
+    """A file whose first pictures are there but not shown, as trimming on a phone makes it."""
+    path = tmp_path / "trimmed.mp4"
+    with (
+        av.open(str(videos["plain.mp4"])) as source,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as target,
+    ):
+        stream = target.add_stream_from_template(source.streams.video[0])
+        step = source.streams.video[0].duration // source.streams.video[0].frames
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - cut * step, packet.dts - cut * step, stream
+                target.mux(packet)
+    full = decode_all(path)
+    assert Video(path).num_frames == len(full) == left
+    for i in range(left):
+        FRAMES.clear()
+        assert torch.equal(Video(path).frames([i])[0], full[i])
+
+
+def test_sound_does_not_hide_a_cut(tmp_path):
+    path = tmp_path / "talk.mkv"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        pictures, sound = container.add_stream("libx264", rate=10), container.add_stream("aac", rate=8000)
+        pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "yuv420p"
+        for i in range(30):
+            noise = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            container.mux(pictures.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 8000, i * 800
+            container.mux(sound.encode(silence))
+        container.mux(pictures.encode())
+        container.mux(sound.encode())
+    assert Video(path).num_frames == 30
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match="truncated"):
+        Video(path).check()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.95])
 @pytest.mark.parametrize("name", ["plain.mp4", "open_gop.mkv", "old.avi", "web.webm"])
 def test_truncated_or_empty(videos, tmp_path, name, share):
