@@ -94,3 +94,9 @@ def test_a_bad_sample_is_one_short_error(workers):
     with pytest.raises(DataError) as caught:
         next(iter(loader))
     assert str(caught.value) == "film.mp4: frame 3 is damaged"
+
+
+def test_what_workers_draw_is_a_function_of_the_epoch():
+    first, same, other = (run(make(workers=2), epoch) for epoch in (1, 1, 2))
+    assert first == same
+    assert {noise for _, noise in first}.isdisjoint(noise for _, noise in other)
