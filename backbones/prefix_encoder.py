@@ -105,11 +105,10 @@ class PrefixEncoder(VideoQABackbone):
         config = AutoConfig.from_pretrained(source, attn_implementation="sdpa", **(text_config or {}))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(projection_seed)
-            # The pooler is not part of the score, and its weights would only be carried along.
-            if pretrained:
-                self.text = AutoModel.from_pretrained(source, config=config, add_pooling_layer=False)
-            else:
-                self.text = AutoModel.from_config(config, add_pooling_layer=False)
+            self.text = (
+                AutoModel.from_pretrained(source, config=config) if pretrained else AutoModel.from_config(config)
+            )
+            self.text.pooler = None  # not part of the score
             self.frame_encoder = frame_encoder
             width = config.hidden_size
             if frame_encoder is not None:

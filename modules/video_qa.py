@@ -228,7 +228,10 @@ class VideoQA(pl.LightningModule):
         if left:
             groups.append({"params": list(left.values())})
         optimizer = self.optimizer(groups)
-        scheduler = LambdaLR(optimizer, StagedSchedule(self.schedule, self.steps_per_stage()))
+        staged = StagedSchedule(self.schedule, self.steps_per_stage())
+        scheduler = LambdaLR(
+            optimizer, lambda step: staged(step)
+        )  # a function is left out of checkpoints, an object not
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def steps_per_stage(self) -> list[int]:
