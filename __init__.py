@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fulgurite.callbacks.loading import load
+    from fulgurite.commands.loading import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -13,7 +13,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> object:
     if name == "load":
-        from fulgurite.callbacks.loading import load
+        from fulgurite.commands.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fulgurite.checkpoints import MismatchError, load_tensors
+from fulgurite.checkpoints import MismatchError, load_tensors, read_manifest
 
 MAX_LISTED = 10
 
@@ -16,9 +16,9 @@ class InitialWeights(Callback):
     epoch.
 
     Hook: ``on_fit_start``, when the module is set up and wrapped, before the first step; a resumed run does
-        not have this callback. Strict over what trains: every tensor of the file must have a place in the
-        module, and every trained parameter must be in the file. Frozen parameters may be missing. Every rank
-        reads the file.
+        not have this callback. A module with ``initial_weights(tensors)`` says which of the file's tensors go
+        where. Strict over what trains: every tensor must have a place in the module, and every trained
+        parameter must be in the file. Frozen parameters may be missing. Every rank reads the file.
 
     Args:
         path: a checkpoint folder.
@@ -30,6 +30,10 @@ class InitialWeights(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the weights. Raises ``MismatchError`` with all that does not fit."""
         weights = load_tensors(self.path)
+        if hasattr(pl_module, "base_digest"):
+            read_manifest(self.path).require_base(pl_module.base_digest, str(self.path))
+        if hasattr(pl_module, "initial_weights"):
+            weights = pl_module.initial_weights(weights)
         targets = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
         trained = {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
         problems = [f"{name}: trained here, not in the file" for name in sorted(trained - weights.keys())]

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
 from fulgurite.checkpoints import write_json, write_text
 from fulgurite.checkpoints.runs import CHECKPOINTS
 
@@ -44,6 +46,10 @@ class RunFolder(Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_text(self.path / "config.yaml", self.config)
             rank_zero_info(f"run folder: {self.path}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the config into the manifest, so that the checkpoint can be loaded wherever it is moved to."""
+        checkpoint.setdefault(MANIFEST_KEY, {})["settings"] = yaml.safe_load(self.config)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what trains."""

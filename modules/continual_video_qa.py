@@ -10,7 +10,7 @@ Legend: B batch, T stages, N domains, A answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -312,10 +312,10 @@ class ContinualVideoQA(VideoQA):
         super().on_save_checkpoint(checkpoint)
         checkpoint["fulgurite"]["best_accuracy"] = self.best_accuracy
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def restore(self, facts: Mapping[str, Any]) -> None:
         """Also the best accuracy of the stage so far."""
-        super().on_load_checkpoint(checkpoint)
-        self.best_accuracy = checkpoint["fulgurite"]["best_accuracy"]
+        super().restore(facts)
+        self.best_accuracy = facts["best_accuracy"]
 
 
 def own_stages(info: DataInfo, stages: Sequence[Stage]) -> list[int]:

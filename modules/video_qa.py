@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from fulgurite.backbones.base import QAOutput, VideoQABackbone
-from fulgurite.checkpoints.errors import MismatchError
+from fulgurite.checkpoints import Manifest, MismatchError
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
@@ -120,6 +120,11 @@ class VideoQA(pl.LightningModule):
         if own is not None:
             self.bank.load_sites("live", own)
         self.bank.copy("live", INITIAL)
+
+    def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a new run takes from a checkpoint's tensors: its live set, as the start of this run's sets."""
+        live = {n: t for n, t in tensors.items() if n.startswith("bank.sets.live.")}
+        return {**live, **{n.replace(".live.", f".{INITIAL}.", 1): t for n, t in live.items()}}
 
     def setup(self, stage: str) -> None:
         """Build from the DataModule's facts; a checkpoint's own facts win when one is loaded later."""
@@ -373,17 +378,20 @@ class VideoQA(pl.LightningModule):
             MismatchError: other vocabulary, domains or backbone than the checkpoint's.
         """
         facts = checkpoint["fulgurite"]
-        info, stages = read_facts(facts)
+        info, _ = read_facts(facts)
         if self.trainer.state.fn != "fit" and self.info is not None and info != self.info:
             self.forget()
+        self.restore(facts)
+        Manifest(kind="delta", base=facts["base"]).require_base(self.base_digest, "the checkpoint")
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Build for the data that a checkpoint's facts describe, at its stage; the tensors come after this.
+
+        Raises:
+            MismatchError: the module is already built for other data.
+        """
+        info, stages = read_facts(facts)
         self.prepare(info, stages if self.info is None else self.stages)
-        found = self.base_digest
-        if facts["base"]["digest"] != found:
-            raise MismatchError(
-                f"the checkpoint stands on a {facts['base']['source']} with digest {facts['base']['digest']}, "
-                f"this run has a {type(self.backbone).__name__} with {found}: set model.init_args.backbone to the "
-                "checkpoint's own (see its config.yaml)"
-            )
         self.stage = facts["stage"]
 
     def forget(self) -> None:

@@ -1,4 +1,4 @@
-"""Crafter's survival world: what lies around the player, which creatures come near, what is placed, day and night.
+"""Crafter's survival world: what lies around the player, which creatures come near, day and night.
 
 Answers are materials, objects and the daylight of the world's own state. Train, validation and test use worlds of
 different seeds.
@@ -20,12 +20,11 @@ FIRST_SEED = {"train": 0, "val": 1_000_000, "test": 2_000_000}
 NUM_WORLDS = {"train": 24, "val": 8, "test": 12}
 AREA = 32
 VIEW = 5  # cells along a side of the picture
-PLACED = {"stone": "stone", "table": "table", "furnace": "furnace", "plant": "sapling"}
 CREATURES = ("Cow", "Zombie", "Skeleton")
 # Cells of a view that must be of a terrain; the rare ones come in smaller patches.
 LEAST = {"grass": 14, "sand": 9, "water": 10, "stone": 11, "path": 9}
 COUNTS = ("one", "two", "three")
-SIDES = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
+FACINGS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 DAY, NIGHT = 1.0, 0.25
 
 
@@ -52,12 +51,10 @@ class Land:
         return [(x + i, y + j) for i in reach for j in reach]
 
     def restore(self) -> None:
-        """Remove all creatures and plants, and put back what was there before anything was placed."""
+        """Remove all creatures and plants and make it day."""
         for thing in self.world.objects:
             if thing is not self.player:
                 self.world.remove(thing)
-        for cell in self.around(*self.player.pos):
-            self.world[cell] = self.materials[cell]
         self.world.daylight = DAY
 
     def spots(self) -> list[tuple[int, int]]:
@@ -70,11 +67,6 @@ class Land:
         """Move the player to a cell."""
         if tuple(self.player.pos) != cell:
             self.world.move(self.player, cell)
-
-    def act(self, action: str) -> None:
-        """Let the player do one of crafter's actions."""
-        self.player.action = action
-        self.player.update()
 
     def frame(self) -> np.ndarray:
         """(SIZE, SIZE, 3) picture of the view."""
@@ -90,10 +82,11 @@ class Plots:
         self.rng = rng
         lands = (Land(FIRST_SEED[split] + i) for i in range(NUM_WORLDS[split]))
         self.lands, self.num_worlds = cycle(lands), NUM_WORLDS[split]
-        self.pairs = spread([(a, b) for a in PLACED for b in PLACED if a != b], rng)
-        self.creatures, self.counts = spread(CREATURES, rng), spread(COUNTS, rng)
-        self.terrain, self.sides = spread(tuple(LEAST), rng), spread(tuple(SIDES), rng)
-        self.lights, self.ramps = spread(("day", "night"), rng), spread(("brighter", "darker"), rng)
+        self.grounds, self.creatures = spread(tuple(LEAST), rng), spread(CREATURES, rng)
+        self.ground_pairs = spread([(a, b) for a in LEAST for b in LEAST if a != b], rng)
+        self.creature_pairs = spread([(a, b) for a in CREATURES for b in CREATURES if a != b], rng)
+        self.counts, self.lights = spread(COUNTS, rng), spread(("day", "night"), rng)
+        self.ramps = spread(("brighter", "darker"), rng)
 
     def find(self, fits: Callable[[Land, int, int], bool]) -> Land:
         """The next world with a cell that fits; the player is put there."""
@@ -105,46 +98,51 @@ class Plots:
                     return land
         raise LookupError(f"none of {self.num_worlds} worlds has a place for this plot; raise NUM_WORLDS")
 
-    def places(self) -> Clip:
-        """The player places two different things, one on each of two sides."""
-        (first, second), one, two = next(self.pairs), next(self.sides), next(self.sides)
-        while two == one:
-            two = next(self.sides)
+    def travels(self) -> Clip:
+        """Two shots: the player among creatures on one ground, then among others on another ground."""
+        grounds, names = next(self.ground_pairs), next(self.creature_pairs)
+        change = int(self.rng.integers(5, 8))
+        shots = []
+        for ground, name in zip(grounds, names):
+            land = self.find_ground(ground)
+            self.populate(land, name, 3)
+            shots.append(look_around(land))
+        questions = (
+            Question("What is most of the ground at first?", grounds[0], "order"),
+            Question("What is most of the ground at the end?", grounds[1], "order"),
+            Question("Which creature comes first?", names[0].lower(), "order"),
+            Question("Which creature comes last?", names[1].lower(), "order"),
+        )
+        return Clip(np.concatenate([shots[0][:change], shots[1][change:]]), questions)
+
+    def populate(self, land: Land, name: str, number: int) -> None:
+        """Put creatures on free cells of the view, or on any ground where there are too few."""
+        kind = getattr(land.objects, name)
+        cells = [c for c in land.around(*land.player.pos) if land.world[c][1] is None]
+        walkable = [c for c in cells if land.materials[c] in land.constants.walkable]
+        chosen = walkable if len(walkable) >= number else cells
+        for index in self.rng.permutation(len(chosen))[:number]:
+            land.world.add(kind(land.world, chosen[index], *(() if name == "Cow" else (land.player,))))
+
+    def find_ground(self, ground: str) -> Land:
+        """The next world with a place that is mostly of one ground; the player is put there."""
 
         def fits(land: Land, x: int, y: int) -> bool:
-            steps = (SIDES[one], SIDES[two])
-            return all(land.materials[x + i, y + j] == "grass" for i, j in steps)
+            (most, number), *_ = Counter(land.materials[c] for c in land.around(x, y)).most_common(1)
+            return most == ground and number >= LEAST[ground]
 
-        land = self.find(fits)
-        for item in ("stone", "wood", "sapling"):
-            land.player.inventory[item] = 9
-        times = {int(self.rng.integers(2, 4)): (first, one), int(self.rng.integers(7, 9)): (second, two)}
-        frames = []
-        for t in range(NUM_FRAMES):
-            if t in times:
-                thing, side = times[t]
-                land.player.facing = SIDES[side]
-                land.act(f"place_{thing}")
-            frames.append(land.frame())
-        questions = (
-            Question("What does the player place first?", PLACED[first], "order"),
-            Question("What does the player place last?", PLACED[second], "order"),
-            Question(f"Where is the {PLACED[first]} placed?", one, "where"),
-        )
-        return Clip(np.stack(frames), questions)
+        return self.find(fits)
 
     def meets(self) -> Clip:
         """One to three creatures of a kind stand about near the player."""
         name, count, light = next(self.creatures), next(self.counts), next(self.lights)
 
-        def free(land: Land, x: int, y: int) -> list[tuple[int, int]]:
-            return [c for c in land.around(x, y) if c != (x, y) and land.materials[c] in land.constants.walkable]
+        def fits(land: Land, x: int, y: int) -> bool:
+            return sum(land.materials[c] in land.constants.walkable for c in land.around(x, y)) >= 13
 
-        land = self.find(lambda land, x, y: len(free(land, x, y)) >= 12)
+        land = self.find(fits)
         land.world.daylight = DAY if light == "day" else NIGHT
-        kind, cells = getattr(land.objects, name), free(land, *land.player.pos)
-        for index in self.rng.permutation(len(cells))[: COUNTS.index(count) + 1]:
-            land.world.add(kind(land.world, cells[index], *(() if name == "Cow" else (land.player,))))
+        self.populate(land, name, COUNTS.index(count) + 1)
         questions = (
             Question("Which creature is near the player?", name.lower(), "what"),
             Question("How many creatures are there?", count, "count"),
@@ -154,26 +152,21 @@ class Plots:
 
     def looks(self) -> Clip:
         """The player looks around on ground that is mostly of one kind, while the light comes or goes."""
-        ground, ramp = next(self.terrain), next(self.ramps)
-
-        def fits(land: Land, x: int, y: int) -> bool:
-            (most, number), *_ = Counter(land.materials[c] for c in land.around(x, y)).most_common(1)
-            return most == ground and number >= LEAST[ground]
-
-        land = self.find(fits)
-        light = np.linspace(NIGHT, DAY, NUM_FRAMES)
+        ground, ramp = next(self.grounds), next(self.ramps)
+        land = self.find_ground(ground)
+        light = DAY + (NIGHT - DAY) * np.clip(np.linspace(-0.6, 1.6, NUM_FRAMES), 0, 1)
         questions = (
             Question("What is most of the ground?", ground, "what"),
             Question("Does it get brighter or darker?", ramp, "change"),
         )
-        return Clip(look_around(land, light if ramp == "brighter" else light[::-1]), questions)
+        return Clip(look_around(land, light if ramp == "darker" else light[::-1]), questions)
 
 
 def look_around(land: Land, daylight: np.ndarray | None = None) -> np.ndarray:
     """Frames in which the player faces one side after the other; ``daylight`` (NUM_FRAMES,) changes if given."""
     frames = []
     for t in range(NUM_FRAMES):
-        land.player.facing = list(SIDES.values())[t // 3]
+        land.player.facing = FACINGS[t // 3]
         if daylight is not None:
             land.world.daylight = float(daylight[t])
         frames.append(land.frame())
@@ -184,5 +177,5 @@ def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
     """Endless clips; the plots take turns."""
     plots = Plots(split, rng)
     while True:
-        for plot in (plots.places, plots.meets, plots.looks):
+        for plot in (plots.travels, plots.meets, plots.travels, plots.looks):
             yield plot()

@@ -144,26 +144,6 @@ def picture(screen: np.ndarray) -> np.ndarray:
     return (255 * small**GAMMA).round().astype(np.uint8)
 
 
-def turn(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Clip | None:
-    """The camera turns past one monster, to the left or to the right."""
-    heading = doom.open_heading(20)
-    if heading is None:
-        return None
-    doom.summon(monsters[0], heading)
-    sign = 1 if move == "left" else -1
-    angles = heading + sign * np.linspace(-HALF_TURN, HALF_TURN, NUM_FRAMES)
-    frames, seen = doom.film(x, y, [(0, heading, angle) for angle in angles])
-    in_middle = seen[NUM_FRAMES // 2 - 2 : NUM_FRAMES // 2 + 2]
-    if any([name for name, _, _ in boxes] != monsters[:1] for boxes in in_middle):
-        return None
-    name = MONSTERS[monsters[0]]
-    questions = (
-        Question("Which monster is seen?", name, "what"),
-        Question("Which way does the camera turn?", move, "direction"),
-    )
-    return Clip(frames, questions)
-
-
 def order(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Clip | None:
     """The camera turns from one monster to another."""
     heading = doom.open_heading(40)
@@ -181,7 +161,6 @@ def order(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Cli
     questions = (
         Question("Which monster is seen first?", MONSTERS[monsters[0]], "order"),
         Question("Which monster is seen last?", MONSTERS[monsters[1]], "order"),
-        Question("Which way does the camera turn?", move, "direction"),
     )
     return Clip(frames, questions)
 
@@ -218,13 +197,7 @@ def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
         places = doom.places()
         try:
             while True:
-                for plot, plans in (
-                    (turn, moves),
-                    (order, moves),
-                    (group, singles),
-                    (order, moves),
-                    (group, groups),
-                ):
+                for plot, plans in ((order, moves), (group, singles), (order, moves), (group, groups)):
                     first, second = next(names), next(names)
                     while second == first:
                         second = next(names)

@@ -139,14 +139,14 @@ class Emoji:
         return first, second
 
     def moves(self) -> Clip:
-        """One picture crosses the frame through its middle."""
+        """One picture rests at a side, then crosses the frame and rests at the other side."""
         heading, code = self.glyph()
         direction, background = next(self.directions), next(self.backgrounds)
         dx, dy = DIRECTIONS[direction]
         aside = self.rng.uniform(-14, 14)
-        size = int(self.rng.integers(62, 78))
+        size = int(self.rng.integers(48, 58))
         frames = []
-        for step in np.linspace(-46, 46, NUM_FRAMES):
+        for step in 35 * np.clip(np.linspace(-2.2, 2.2, NUM_FRAMES), -1, 1):
             frames.append(draw(background, [(code, size, 64 + dx * step + dy * aside, 64 + dy * step + dx * aside)]))
         questions = (
             Question("What is shown?", heading, "what"),
@@ -269,8 +269,8 @@ def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
     """Endless clips of ``emoji_scenes`` or ``emoji_stories``; the plots take turns."""
     world = Emoji(split, rng)
     plots = {
-        "emoji_scenes": (world.moves, world.pair, world.crowd),
-        "emoji_stories": (world.follows, world.blinks, world.moves, world.grows),
+        "emoji_scenes": (world.moves, world.pair, world.moves, world.crowd),
+        "emoji_stories": (world.follows, world.blinks, world.moves, world.follows, world.grows),
     }[domain]
     while True:
         for plot in plots:

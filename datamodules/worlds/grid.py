@@ -1,27 +1,29 @@
-"""Minigrid rooms seen from above: an agent walks, and objects lie about and are picked up.
+"""Minigrid rooms seen from above: an agent walks and looks at what lies about.
 
-Answers are the environment's objects, colours, positions and steps. Train, validation and test use different seeds
+Answers are the environment's objects, colours and positions. Train, validation and test use different seeds
 of the environment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from fulgurite.datamodules.worlds.clip import NUM_FRAMES, SIZE, Clip, Question, simulator, spread
+from fulgurite.datamodules.worlds.clip import SIZE, Clip, Question, simulator, spread
 
 FIRST_SEED = {"train": 0, "val": 1_000_000, "test": 2_000_000}
-SHAPES = ("ball", "box", "key")
+SHAPES = ("ball", "box", "door", "key")
 COLOURS = ("red", "green", "blue", "purple", "yellow", "grey")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = {"right": (1, 0), "down": (0, 1), "left": (-1, 0), "up": (0, -1)}  # in minigrid's order
 COUNTS = ("one", "two", "three", "four")
 FLOOR = 4  # cells of floor along a side
 TILE = 32
+LOOK_AROUND = (None, None, "left", None, None, "left", None, None, "right", None, None, "right")
+CROSS = (None, None, None, "forward", None, None, "forward", None, "forward", None, None, None)
 
 
 class Room:
@@ -55,14 +57,9 @@ class Room:
         self.env.agent_pos = (cell[0] + 1, cell[1] + 1)
         self.env.agent_dir = list(DIRECTIONS).index(direction)
 
-    def step(self, action: str) -> None:
-        """One of minigrid's actions; what was picked up is put away, so that the agent can take more."""
-        self.env.step(self.env.actions[action])
-        self.env.carrying = None
-
-    def face(self, direction: str) -> None:
-        """Turn the agent at once."""
-        self.env.agent_dir = list(DIRECTIONS).index(direction)
+    def cells(self, number: int) -> list[tuple[int, int]]:
+        """Different cells, chosen at random."""
+        return [divmod(int(cell), FLOOR) for cell in self.rng.permutation(FLOOR * FLOOR)[:number]]
 
     def frame(self) -> np.ndarray:
         """Picture of the floor with half a cell of wall, (SIZE, SIZE, 3)."""
@@ -71,14 +68,14 @@ class Room:
         return np.asarray(Image.fromarray(inner).resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def film(room: Room, actions: list[str | None]) -> np.ndarray:
-    """NUM_FRAMES frames, one before every action; None waits."""
+def film(room: Room, actions: Sequence[str | None]) -> list[np.ndarray]:
+    """One frame before every one of minigrid's actions; None waits."""
     frames = []
     for action in actions:
         frames.append(room.frame())
         if action:
-            room.step(action)
-    return np.stack(frames)
+            room.env.step(room.env.actions[action])
+    return frames
 
 
 def corner_cell(corner: str, rng: np.random.Generator) -> tuple[int, int]:
@@ -91,6 +88,7 @@ class Plots:
     """Balanced clips of one split."""
 
     def __init__(self, split: str, rng: np.random.Generator) -> None:
+        self.rng = rng
         self.seeds = iter(FIRST_SEED[split] + rng.permutation(100_000))
         self.shapes, self.colours = spread(SHAPES, rng), spread(COLOURS, rng)
         self.pairs = spread([(a, b) for a in SHAPES for b in SHAPES if a != b], rng)
@@ -108,33 +106,31 @@ class Plots:
             second = next(self.colours)
         return first, second
 
-    def collects(self) -> Clip:
-        """The agent picks up two objects in its row or column, one after the other."""
-        room = self.room()
+    def two_rooms(self) -> Clip:
+        """The agent looks around in a room with one object, then in another room with another."""
         (first, second), colours = next(self.pairs), self.two_colours()
-        ahead = list(DIRECTIONS)[room.rng.integers(4)]
-        dx, dy = DIRECTIONS[ahead]
-        back = next(name for name, step in DIRECTIONS.items() if step == (-dx, -dy))
-        # The objects lie at the ends of a line, the agent stands next to the first.
-        row = int(room.rng.integers(FLOOR))
-        line = [(i, row) if dx else (row, i) for i in range(FLOOR)]
-        if ahead in ("left", "up"):
-            line.reverse()
-        room.put(first, colours[0], line[0])
-        room.put(second, colours[1], line[3])
-        room.agent(line[1], back)
-        wait = int(room.rng.integers(3))
-        actions: list[str | None] = [None] * (2 + wait) + ["pickup", "right", "right", "forward", None]
-        actions += [None] * (NUM_FRAMES - 3 - len(actions)) + ["pickup", None, None]
+        change = int(self.rng.integers(5, 8))
+        rooms = []
+        for shape, colour in zip((first, second), colours):
+            room = self.room()
+            cells = room.cells(2)
+            room.put(shape, colour, cells[0])
+            room.agent(cells[1], "up")
+            rooms.append(room)
+        frames = [
+            *film(rooms[0], LOOK_AROUND[:change]),
+            *film(rooms[1], LOOK_AROUND[change:]),
+        ]
         questions = (
-            Question("Which object is picked up first?", first, "order"),
-            Question("Which object is picked up last?", second, "order"),
-            Question(f"What colour is the {first}?", colours[0], "colour"),
+            Question("Which object is in the first room?", first, "order"),
+            Question("Which object is in the last room?", second, "order"),
+            Question("What colour is the object in the first room?", colours[0], "order"),
+            Question("What colour is the object in the last room?", colours[1], "order"),
         )
-        return Clip(film(room, actions), questions)
+        return Clip(np.stack(frames), questions)
 
-    def walks(self) -> Clip:
-        """The agent crosses the room past one object."""
+    def passes(self) -> Clip:
+        """The agent walks across the room past one object."""
         room, way = self.room(), next(self.directions)
         shape, colour, corner = next(self.shapes), next(self.colours), next(self.corners)
         cell = corner_cell(corner, room.rng)
@@ -144,35 +140,32 @@ class Plots:
         start = 0 if dx + dy > 0 else FLOOR - 1
         room.put(shape, colour, cell)
         room.agent((start, lane) if dx else (lane, start), way)
-        actions = [None, None, None, "forward", None, None, "forward", None, "forward", None, None, None]
         questions = (
-            Question("Which way does the agent walk?", way, "direction"),
             Question(f"Where is the {shape}?", corner, "where"),
             Question("Which object is in the room?", shape, "what"),
             Question("What colour is the object?", colour, "colour"),
         )
-        return Clip(film(room, actions), questions)
+        return Clip(np.stack(film(room, CROSS)), questions)
 
     def counts_objects(self) -> Clip:
         """One to four objects of a kind lie about; the agent looks around."""
         room, count = self.room(), next(self.counts)
         shape, colour = next(self.shapes), next(self.colours)
-        cells = room.rng.permutation(FLOOR * FLOOR)[: COUNTS.index(count) + 2]
-        for cell in cells[1:]:
-            room.put(shape, colour, (int(cell) % FLOOR, int(cell) // FLOOR))
-        room.agent((int(cells[0]) % FLOOR, int(cells[0]) // FLOOR), "up")
-        actions = [None, None, "left", None, None, "left", None, None, "right", None, None, "right"]
+        agent, *cells = room.cells(COUNTS.index(count) + 2)
+        for cell in cells:
+            room.put(shape, colour, cell)
+        room.agent(agent, "up")
         questions = (
             Question("How many objects are in the room?", count, "count"),
             Question("Which objects are in the room?", shape, "what"),
             Question("What colour are the objects?", colour, "colour"),
         )
-        return Clip(film(room, actions), questions)
+        return Clip(np.stack(film(room, LOOK_AROUND)), questions)
 
 
 def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
     """Endless clips; the plots take turns."""
     plots = Plots(split, rng)
     while True:
-        for plot in (plots.collects, plots.walks, plots.counts_objects):
+        for plot in (plots.two_rooms, plots.passes, plots.two_rooms, plots.counts_objects):
             yield plot()

@@ -1,0 +1,45 @@
+"""A trained module back in Python, from any run or checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonargparse
+import yaml
+from lightning.pytorch import LightningModule
+
+from fulgurite.checkpoints import RefusedError, load_tensors, read_manifest
+from fulgurite.commands.imports import PARSER_MODE, imports_allowed
+from fulgurite.commands.names import import_named
+from fulgurite.commands.runs import checkpoint_at
+from fulgurite.modules.video_qa import VideoQA
+
+
+def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
+    """The module of a checkpoint folder, or of a run's newest checkpoint, with its weights, in evaluation mode.
+
+    The checkpoint's manifest holds the config that it was made with; every byte is verified before it is used.
+
+    Args:
+        path: checkpoint folder or run folder.
+        allow: packages or modules that class paths may come from, besides the command line's own.
+
+    Raises:
+        CheckpointError: damaged, incomplete, or made without a config.
+        ConfigError: nothing there, or a class path outside the allowed packages.
+    """
+    folder = checkpoint_at(str(path), "load")
+    manifest = read_manifest(folder)
+    if not (manifest.settings or {}).get("model"):
+        raise RefusedError(f"{folder}: the manifest holds no model settings; it was not written by the command line")
+    with imports_allowed(tuple(allow)):
+        model = {"model": manifest.settings["model"]}
+        import_named((), (model,))
+        parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode=PARSER_MODE)
+        parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
+        module = parser.instantiate(parser.parse_string(yaml.safe_dump(model))).model
+    if isinstance(module, VideoQA):
+        module.restore(manifest.facts)
+        manifest.require_base(module.base_digest, str(folder))
+    module.load_state_dict(load_tensors(folder))
+    return module.eval()
