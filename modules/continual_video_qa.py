@@ -173,7 +173,7 @@ class ContinualVideoQA(VideoQA):
     def own_stages_of(self, batch: Batch) -> Tensor:
         """(B,) the stage (1..T) that trains each sample's domain, 0 where none does."""
         _, domains, _ = self.targets(batch)
-        return torch.tensor([*self.own_stage, 0], device=self.device)[domains]
+        return torch.tensor([*own_stages(self.evaluated, self.stages), 0], device=self.device)[domains]
 
     def mixed_logits(self, batch: Batch, rows: Tensor) -> Tensor:
         """(R, B, A) scores of the rows of weights."""
@@ -199,8 +199,8 @@ class ContinualVideoQA(VideoQA):
 
     def on_test_start(self) -> None:
         """Fresh counts: a matrix per mode, a confusion matrix per router, the answers themselves."""
-        assert self.info is not None
-        shape = len(self.info.domains), self.stage + 1, len(self.info.kinds)
+        self.begin_evaluation("test")
+        shape = len(self.evaluated.domains), self.stage + 1, len(self.evaluated.kinds)
         self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(self.device)
         self.test_top10 = ContinualAccuracy(*shape).to(self.device)
         size = max(len(self.stages), 2)
@@ -253,21 +253,22 @@ class ContinualVideoQA(VideoQA):
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` of the configured one."""
-        assert self.info is not None
+        columns, last = self.evaluated, self.stage + 1
+        trained = [stage if 0 < stage <= last else None for stage in own_stages(columns, self.stages)]
         results = {m: metric.compute() for m, metric in self.test_matrix.items()}
         self.test_results = {
             "modes": {
                 m: {
                     "matrix": r["matrix"].tolist(),
                     "by_kind": r["by_kind"][-1].tolist(),
-                    **continual_scores(r["matrix"], [s if 0 < s <= self.stage + 1 else None for s in self.own_stage]),
+                    **continual_scores(r["matrix"], trained),
                 }
                 for m, r in results.items()
             },
             "top10": self.test_top10.compute()["matrix"][-1].tolist(),
             "confusion": [c.compute().tolist() for c in self.confusion],
-            "domains": list(self.info.domains),
-            "kinds": list(self.info.kinds),
+            "domains": list(columns.domains),
+            "kinds": list(columns.kinds),
             "mode": self.mode,
         }
         for mode, scores in self.test_results["modes"].items():
@@ -281,7 +282,7 @@ class ContinualVideoQA(VideoQA):
             ):
                 if name in scores:
                     self.log(f"test/{mode}/{name}", scores[name])
-            for name, value in zip(self.info.domains, scores["matrix"][-1]):
+            for name, value in zip(columns.domains, scores["matrix"][-1]):
                 if value == value:
                     self.log(f"test/{mode}/accuracy/{name}", value)
         if self.mode in results:

@@ -6,14 +6,14 @@ Legend: B batch, A answers.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,25 +25,20 @@ from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy
 from fulgurite.metrics.vqa_accuracy import answer_credit
-from fulgurite.modules.facts import describe_difference, read_facts, stage_names
+from fulgurite.modules.facts import (
+    describe_difference,
+    evaluated_facts,
+    read_facts,
+    require_same_tensors,
+    stage_names,
+    unknown_answers,
+)
+from fulgurite.modules.optimization import ParamGroup, grouped, steps_of_stages
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import sections_of_plain
-from fulgurite.samples import Batch, Collator, DataInfo, Sample, Stage
+from fulgurite.samples import Batch, Collator, DataError, DataInfo, Sample, Stage, stage_of
 
 INITIAL = "initial"
-
-
-@dataclass
-class ParamGroup:
-    """Trained tensors with a learning rate of their own.
-
-    Args:
-        pattern: regular expression searched in the names of the live set's tensors.
-        lr: their learning rate.
-    """
-
-    pattern: str
-    lr: float
 
 
 class VideoQA(pl.LightningModule):
@@ -75,6 +70,7 @@ class VideoQA(pl.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
         self.param_groups = param_groups or []
         self.info: DataInfo | None = None
+        self.data_info: DataInfo | None = None
         self.stages: tuple[Stage, ...] = ()
         self.stage = -1
 
@@ -109,7 +105,6 @@ class VideoQA(pl.LightningModule):
         self.info, self.stages = info, tuple(stages)
         self.base_digest = self.backbone.fingerprint  # before a strategy shards or casts the weights
         self.answer_index = {answer: i for i, answer in enumerate(info.answers)}
-        self.val_accuracy = ContinualAccuracy(len(info.domains), 0, len(info.kinds)).to(self.device)
         # R[t, i] on the validation split; part of every checkpoint, since a resumed run does not measure it again.
         nothing = torch.full((len(stages) + 1, len(info.domains)), math.nan, dtype=torch.float64)
         self.register_buffer("val_matrix", nothing.to(self.device))
@@ -127,11 +122,14 @@ class VideoQA(pl.LightningModule):
         return {**live, **{n.replace(".live.", f".{INITIAL}.", 1): t for n, t in live.items()}}
 
     def setup(self, stage: str) -> None:
-        """Build from the DataModule's facts; a checkpoint's own facts win when one is loaded later."""
+        """Build from the DataModule's facts; a checkpoint's own facts win when one is loaded later.
+
+        Questions without a vocabulary, as `predict` may have, leave all to the checkpoint.
+        """
         datamodule = self.trainer.datamodule
-        if self.info is None or stage == "fit":
-            self.prepare(datamodule.info(), datamodule.stages())
         self.data_info = datamodule.info()
+        if stage == "fit" or (self.info is None and self.data_info.answers):
+            self.prepare(self.data_info, datamodule.stages())
 
     def configure_model(self) -> None:
         """Shard blocks and root under FSDP2; nothing elsewhere."""
@@ -150,11 +148,38 @@ class VideoQA(pl.LightningModule):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    @property
+    def evaluated(self) -> DataInfo:
+        """Domains and kinds of the present data, the columns of its results; those of a fit are the module's own."""
+        assert self.info is not None
+        return self.info if self.data_info is None else evaluated_facts(self.info, self.data_info)
+
+    def begin_evaluation(self, split: str) -> None:
+        """Say how many questions of ``split`` ask for an answer that the module cannot give.
+
+        Raises:
+            DataError: neither the data nor a checkpoint says what the answers are.
+        """
+        if self.info is None:
+            raise DataError(
+                f"{type(self.trainer.datamodule).__name__} has no answers to choose from: give the checkpoint of a "
+                "trained run as --ckpt_path, or set the DataModule's vocabulary"
+            )
+        if self.trainer.sanity_checking or not hasattr(self.trainer.datamodule, "samples"):
+            return
+        samples = self.trainer.datamodule.samples(split)
+        count = unknown_answers(samples, self.answer_index)
+        if count:
+            rank_zero_info(
+                f"{count} of {len(samples)} {split} questions have no answer among the {len(self.info.answers)} that "
+                "this model knows; they count as wrong"
+            )
+
     def targets(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Answer scores (B, A), domain columns (B,) and question types (B,), -1 where the data has none known."""
         assert self.info is not None
-        domains = {name: i for i, name in enumerate(self.info.domains)}
-        kinds = {name: i for i, name in enumerate(self.info.kinds)}
+        domains = {name: i for i, name in enumerate(self.evaluated.domains)}
+        kinds = {name: i for i, name in enumerate(self.evaluated.kinds)}
         scores = torch.zeros(len(batch["id"]), len(self.info.answers))
         for row, answers in enumerate(batch["answers"]):
             for answer, score in answers.items():
@@ -189,7 +214,7 @@ class VideoQA(pl.LightningModule):
 
     def enter_stage(self) -> None:
         """Fresh optimizer state when a stage begins. Idempotent."""
-        stage = self.stage_of_epoch(self.trainer.current_epoch)
+        stage = stage_of(self.stages, self.trainer.current_epoch)
         if stage == self.stage:
             return
         if self.stage >= 0:
@@ -202,15 +227,6 @@ class VideoQA(pl.LightningModule):
     def begin_stage(self) -> None:
         """What happens to the live set between two stages: here it simply goes on."""
 
-    def stage_of_epoch(self, epoch: int) -> int:
-        """Index of the stage that global ``epoch`` belongs to."""
-        end = 0
-        for index, stage in enumerate(self.stages):
-            end += stage.epochs
-            if epoch < end:
-                return index
-        return len(self.stages) - 1
-
     def on_fit_start(self) -> None:
         """Epochs beyond the last stage do not exist."""
         total, asked = sum(s.epochs for s in self.stages), self.trainer.max_epochs
@@ -220,41 +236,23 @@ class VideoQA(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """The live set alone, with one schedule over the global step restarted at every stage."""
         named = dict(self.bank.sets["live"].named_parameters())
-        groups: list[dict[str, Any]] = []
-        left = dict(named)
-        for group in self.param_groups:
-            names = [n for n in left if re.search(group.pattern, n)]
-            if not names:
-                raise LookupError(
-                    f"model.init_args.param_groups: pattern {group.pattern!r} matches none of the trained tensors; "
-                    f"they are named like {next(iter(named))!r}"
-                )
-            groups.append({"params": [left.pop(n) for n in names], "lr": group.lr})
-        if left:
-            groups.append({"params": list(left.values())})
-        optimizer = self.optimizer(groups)
-        staged = StagedSchedule(self.schedule, self.steps_per_stage())
-        scheduler = LambdaLR(
-            optimizer, lambda step: staged(step)
-        )  # a function is left out of checkpoints, an object not
+        optimizer = self.optimizer(grouped(named, self.param_groups))
+        staged = StagedSchedule(self.schedule, steps_of_stages(self.stages, self.trainer))
+        # A function is left out of checkpoints, an object is not.
+        scheduler = LambdaLR(optimizer, lambda step: staged(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def steps_per_stage(self) -> list[int]:
-        """Optimizer steps of every stage under the trainer's limits and accumulation."""
-        limit, accumulate = self.trainer.limit_train_batches, self.trainer.accumulate_grad_batches
-        steps = []
-        for stage in self.stages:
-            batches = stage.num_batches
-            if isinstance(limit, float):
-                batches = int(batches * limit)
-            elif limit is not None:
-                batches = min(batches, limit)
-            steps.append(max(-(-batches // accumulate), 1) * stage.epochs)
-        return steps
 
     def on_validation_start(self) -> None:
         """Each validation counts anew."""
-        self.val_accuracy.reset()
+        if not self.val_rows_kept:
+            self.begin_evaluation("val")
+        shape = len(self.evaluated.domains), 0, len(self.evaluated.kinds)
+        self.val_accuracy = ContinualAccuracy(*shape).to(self.device)
+
+    @property
+    def val_rows_kept(self) -> bool:
+        """Whether validation results belong to the run: within a fit, beyond its sanity check."""
+        return self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
 
     def evaluation_logits(self, batch: Batch) -> Tensor:
         """(B, A) scores with which validation judges the model."""
@@ -273,25 +271,25 @@ class VideoQA(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Keep the row; log ``val/accuracy`` over the domains that were validated, and one value per domain."""
         row = self.val_accuracy.compute()["matrix"][0]
-        if not self.trainer.sanity_checking:
+        if self.val_rows_kept:
             self.val_matrix[self.stage + 1] = row
         self.log_row("val", row)
 
     def log_row(self, prefix: str, row: Tensor) -> None:
         """Log (N,) accuracies; every rank calls it."""
-        assert self.info is not None
         seen = ~row.isnan()
         if self.trainer.sanity_checking or not seen.any():
             return
         self.log(f"{prefix}/accuracy", row[seen].mean().float(), prog_bar=True)
-        for name, value in zip(self.info.domains, row):
+        for name, value in zip(self.evaluated.domains, row):
             if not value.isnan():
                 self.log(f"{prefix}/accuracy/{name}", value.float())
 
     def on_test_start(self) -> None:
         """A fresh count for every test."""
-        assert self.info is not None
-        self.test_accuracy = ContinualAccuracy(len(self.info.domains), 0, len(self.info.kinds)).to(self.device)
+        self.begin_evaluation("test")
+        shape = len(self.evaluated.domains), 0, len(self.evaluated.kinds)
+        self.test_accuracy = ContinualAccuracy(*shape).to(self.device)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count one batch."""
@@ -300,12 +298,17 @@ class VideoQA(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` and one value per domain."""
         row = self.test_accuracy.compute()["matrix"][0]
-        self.test_row = {n: v for n, v in zip(self.info.domains, row.tolist()) if v == v}
+        self.test_row = {n: v for n, v in zip(self.evaluated.domains, row.tolist()) if v == v}
         self.log_row("test", row)
 
     def report_sections(self, samples: Sequence[Sample]) -> list[Section]:
         """What the report shows of the last test."""
         return sections_of_plain(self.test_row, samples)
+
+    def on_predict_start(self) -> None:
+        """The answers must be known by now."""
+        if self.info is None:
+            self.begin_evaluation("predict")
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with probabilities for every counted sample."""
@@ -342,20 +345,7 @@ class VideoQA(pl.LightningModule):
         Raises:
             MismatchError: a tensor is missing, unknown, or of another shape.
         """
-        mine = self.state_dict()
-        wrong = [f"  {n}  not in the file" for n in mine if n not in state_dict]
-        wrong += [f"  {n}  not in this model" for n in state_dict if n not in mine]
-        wrong += [
-            f"  {n}  file {tuple(state_dict[n].shape)}  model {tuple(mine[n].shape)}"
-            for n in mine
-            if n in state_dict and state_dict[n].shape != mine[n].shape
-        ]
-        if wrong:
-            shown = "\n".join(wrong[:12]) + (f"\n  ... and {len(wrong) - 12} more" if len(wrong) > 12 else "")
-            raise MismatchError(
-                f"{len(wrong)} tensors of the checkpoint do not fit this model:\n{shown}\n"
-                "Set model.init_args.adapters to what the checkpoint was made with (see its config.yaml)."
-            )
+        require_same_tensors(self.state_dict(), state_dict)
         return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -379,7 +369,7 @@ class VideoQA(pl.LightningModule):
         """
         facts = checkpoint["fulgurite"]
         info, _ = read_facts(facts)
-        if self.trainer.state.fn != "fit" and self.info is not None and info != self.info:
+        if self.trainer.state.fn != "fit" and info != self.info:
             self.forget()
         self.restore(facts)
         Manifest(kind="delta", base=facts["base"]).require_base(self.base_digest, "the checkpoint")
@@ -402,6 +392,6 @@ class VideoQA(pl.LightningModule):
                 "or under ddp, where the model can be rebuilt"
             )
         for name in self.set_names(self.stages):
-            if name != INITIAL:
+            if name != INITIAL and name in self.bank.names:
                 self.bank.remove(name)
         self.info = None
