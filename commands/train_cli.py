@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -140,6 +141,9 @@ class TrainCLI(LightningCLI):
         self.folder = self._new_folder()
         if settings["logger"] in (None, True):
             settings["logger"] = self._loggers() if self.invocation.command == "fit" else False
+        for name, value in self._data_options().items():
+            if settings[name] == inspect.signature(Trainer).parameters[name].default:
+                settings[name] = value
         settings["default_root_dir"] = str(self.folder)
         settings["plugins"] = as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
@@ -157,6 +161,10 @@ class TrainCLI(LightningCLI):
             with suppress(OSError):  # a run that has not begun leaves no folder; one with anything in it stays
                 self.folder.rmdir()
             raise
+
+    def _data_options(self) -> dict[str, Any]:
+        options = getattr(self.datamodule, "trainer_options", None)
+        return {} if options is None else options()
 
     def written(self) -> str:
         """The complete config as YAML, without what belongs to this call alone."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
@@ -25,6 +26,7 @@ from fulgurite.samples import (
     Sample,
     Stage,
     Video,
+    batches_within,
     check_fields,
     check_picklable,
 )
@@ -91,11 +93,20 @@ class FulguriteDataModule(LightningDataModule):
         """Vocabulary, domains and kinds. Reads files if need be; needs no trainer."""
 
     def stages(self) -> list[Stage]:
-        """One stage over the whole training split, as many epochs as the trainer says."""
+        """One stage over the whole training split, as long as the trainer says.
+
+        Raises:
+            DataError: within a fit that has no end.
+        """
         domains = self.info().domains
-        epochs = max(1, getattr(self.trainer, "max_epochs", None) or 1)
         name = domains[0] if len(domains) == 1 else "all"
-        return [Stage(name, domains, epochs, self._num_batches(self.samples("train")))]
+        batches = self._num_batches(self.samples("train"))
+        return [Stage(name, domains, self._epochs(batches), batches)]
+
+    def trainer_options(self) -> dict[str, Any]:
+        """What the command line gives the Trainer in place of Lightning's own defaults: here the end is asked of
+        the user, and samples are shared out over processes already."""
+        return {"max_epochs": -1, "use_distributed_sampler": False}
 
     def samples(self, split: Split) -> list[Sample]:
         """The samples of ``split``, read once; a repeated id makes a bad sample."""
@@ -185,6 +196,8 @@ class FulguriteDataModule(LightningDataModule):
             self._splits[split] = samples
             self._log_counts(split, samples)
         self._write_skipped()
+        if stage == "fit" and self.trainer is not None:
+            self.stages()  # a fit without end is refused whatever module it is of
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled by (seed, epoch)."""
@@ -273,6 +286,19 @@ class FulguriteDataModule(LightningDataModule):
 
     def _num_batches(self, samples: Sequence[Sample]) -> int:
         return -(-len(samples) // self.batch_size)
+
+    def _epochs(self, batches: int) -> int:
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
+            return 1
+        if (trainer.max_epochs or 0) > 0:
+            return trainer.max_epochs
+        if trainer.max_steps <= 0:
+            raise DataError(
+                f"{type(self).__name__}: set trainer.max_epochs or trainer.max_steps, to say when a fit ends"
+            )
+        steps = -(-batches_within(batches, trainer.limit_train_batches) // trainer.accumulate_grad_batches)
+        return -(-trainer.max_steps // max(steps, 1))
 
     def _rank_and_world(self) -> tuple[int, int]:
         if self.trainer is None or self.trainer.world_size == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -92,6 +92,11 @@ class ContinualDataModule(FulguriteDataModule):
             count = self._num_batches(self._of(names, "train"))
             stages.append(Stage("+".join(names), names, epochs, count))
         return stages
+
+    def trainer_options(self) -> dict[str, Any]:
+        """As in the base; the stages say when a fit ends, and bring their own training data."""
+        more = {"max_epochs": sum(self.epochs), "reload_dataloaders_every_n_epochs": 1}
+        return {**super().trainer_options(), **more}
 
     def prepare_data(self) -> None:
         """What the data sets do once, on one process."""

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fulgurite.samples import Stage
+from fulgurite.samples import Stage, batches_within
 
 
 @dataclass
@@ -47,14 +47,11 @@ def grouped(named: Mapping[str, Tensor], groups: Sequence[ParamGroup]) -> list[d
 
 
 def steps_of_stages(stages: Sequence[Stage], trainer: Trainer) -> list[int]:
-    """Optimizer steps of every stage under the trainer's limits and accumulation."""
-    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    """Optimizer steps of every stage under the trainer's limits and accumulation; one stage ends with ``max_steps``."""
     steps = []
     for stage in stages:
-        batches = stage.num_batches
-        if isinstance(limit, float):
-            batches = int(batches * limit)
-        elif limit is not None:
-            batches = min(batches, limit)
-        steps.append(max(-(-batches // accumulate), 1) * stage.epochs)
+        batches = batches_within(stage.num_batches, trainer.limit_train_batches)
+        steps.append(max(-(-batches // trainer.accumulate_grad_batches), 1) * stage.epochs)
+    if len(steps) == 1 and trainer.max_steps > 0:
+        return [min(steps[0], trainer.max_steps)]
     return steps

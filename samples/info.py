@@ -48,6 +48,13 @@ class Stage:
     num_batches: int
 
 
+def batches_within(batches: int, limit: float | int | None) -> int:
+    """Batches of an epoch under a limit: a number of them, or a share as Lightning rounds it."""
+    if isinstance(limit, float):
+        return int(batches * limit)
+    return batches if limit is None else min(batches, limit)
+
+
 def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     """Index of the stage that global ``epoch`` belongs to; past the end it is the last one."""
     end = 0
