@@ -92,3 +92,9 @@ class ContinualAccuracy(Metric):
             "matrix": self.credit.sum(-1) / self.count.sum(-1),
             "by_kind": self.credit[..., :-1] / self.count[..., :-1],
         }
+
+    def results(self) -> dict[str, Tensor]:
+        """`compute` in full shape whatever the sizes; torchmetrics takes all dimensions off a single number."""
+        stages, domains, kinds = self.credit.shape
+        shapes = {"matrix": (stages, domains), "by_kind": (stages, domains, kinds - 1)}
+        return {name: value.view(shapes[name]) for name, value in self.compute().items()}

@@ -255,7 +255,7 @@ class ContinualVideoQA(VideoQA):
         """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` of the configured one."""
         columns, last = self.evaluated, self.stage + 1
         trained = [stage if 0 < stage <= last else None for stage in own_stages(columns, self.stages)]
-        results = {m: metric.compute() for m, metric in self.test_matrix.items()}
+        results = {m: metric.results() for m, metric in self.test_matrix.items()}
         self.test_results = {
             "modes": {
                 m: {
@@ -265,7 +265,7 @@ class ContinualVideoQA(VideoQA):
                 }
                 for m, r in results.items()
             },
-            "top10": self.test_top10.compute()["matrix"][-1].tolist(),
+            "top10": self.test_top10.results()["matrix"][-1].tolist(),
             "confusion": [c.compute().tolist() for c in self.confusion],
             "domains": list(columns.domains),
             "kinds": list(columns.kinds),

@@ -201,7 +201,7 @@ class VideoQA(pl.LightningModule):
         counted = batch["counted"]
         total = self.trainer.strategy.reduce(counted.sum().float(), reduce_op="sum").clamp(min=1)
         loss = (losses * counted).sum() * self.trainer.world_size / total
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=False)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
 
     def on_train_start(self) -> None:
@@ -270,7 +270,7 @@ class VideoQA(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep the row; log ``val/accuracy`` over the domains that were validated, and one value per domain."""
-        row = self.val_accuracy.compute()["matrix"][0]
+        row = self.val_accuracy.results()["matrix"][0]
         if self.val_rows_kept:
             self.val_matrix[self.stage + 1] = row
         self.log_row("val", row)
@@ -297,7 +297,7 @@ class VideoQA(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy`` and one value per domain."""
-        row = self.test_accuracy.compute()["matrix"][0]
+        row = self.test_accuracy.results()["matrix"][0]
         self.test_row = {n: v for n, v in zip(self.evaluated.domains, row.tolist()) if v == v}
         self.log_row("test", row)
 

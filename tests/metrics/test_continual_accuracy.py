@@ -9,9 +9,7 @@ def test_scores_equal_the_definitions_by_hand():
     matrix = torch.tensor([[0.1, 0.2, 0.3], [0.8, 0.25, 0.3], [0.9, 0.7, 0.4], [0.6, 0.5, 0.9]]).double()
     scores = continual_scores(matrix, [1, 2, 3])
     assert scores["average"] == pytest.approx((0.6 + 0.5 + 0.9) / 3)
-    assert scores["forgetting"] == pytest.approx(
-        ((0.9 - 0.6) + (0.7 - 0.5)) / 2
-    )  # the best stage, not the own one
+    assert scores["forgetting"] == pytest.approx(((0.9 - 0.6) + (0.7 - 0.5)) / 2)  # the best stage, not the own one
     assert scores["forgetting_own"] == pytest.approx(((0.8 - 0.6) + (0.7 - 0.5)) / 2)
     assert scores["backward_transfer"] == pytest.approx(-scores["forgetting_own"])
     assert scores["forward_transfer"] == pytest.approx(((0.25 - 0.2) + (0.4 - 0.3)) / 2)
@@ -67,3 +65,11 @@ def test_vqa_accuracy_leaves_uncounted_samples_out():
     targets[2] = 0
     metric.update(logits, targets, torch.tensor([True, False, True]))
     assert metric.compute().item() == 0.5
+
+
+def test_one_domain_and_no_stage_keep_their_shape():
+    metric = ContinualAccuracy(num_domains=1, num_stages=0, num_kinds=1)
+    metric.update(0, torch.tensor([0, 0]), torch.tensor([1.0, 0.0]), torch.tensor([0, -1]))
+    found = metric.results()
+    assert found["matrix"].tolist() == [[0.5]]
+    assert found["by_kind"].tolist() == [[[1.0]]]

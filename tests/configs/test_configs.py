@@ -1,0 +1,74 @@
+"""Every shipped config is an experiment record, and runs a step of training, validation and test."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fulgurite
+from fulgurite.checkpoints import newest_checkpoint
+from fulgurite.commands.yaml_loader import load_file
+
+ROOT = Path(fulgurite.__file__).parent
+RECORDS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
+TINY = {"PrefixEncoder": "configs/tiny/prefix_encoder.yaml", "FrozenBiLM": "configs/tiny/frozenbilm.yaml"}
+OVERLAYS = [p for p in RECORDS if p not in TINY.values()]
+
+
+def header(path):
+    lines = (ROOT / path).read_text(encoding="utf-8").split("\n")
+    return lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+
+
+def laid_over(path):
+    """The configs of the command in the header, which ends with the config itself."""
+    (command, *_) = [line for line in header(path) if "cli.py fit" in line]
+    return re.findall(r"--config (\S+\.yaml)", command)
+
+
+def family(path):
+    return load_file(ROOT / laid_over(path)[0])["model"]["init_args"]["backbone"]["class_path"]
+
+
+@pytest.mark.parametrize("path", RECORDS)
+def test_header_says_what_it_is_and_how_it_runs(path):
+    lines = header(path)
+    assert 3 <= len(lines) <= 6
+    assert laid_over(path)[-1] == path
+    assert all((ROOT / each).is_file() for each in laid_over(path))
+
+
+@pytest.mark.parametrize("path", OVERLAYS)
+def test_it_runs_a_step_under_its_tiny_overlay(path, command, official_root, own_root, tmp_path):
+    base, *over = laid_over(path)
+    chain = [base, TINY[family(path)], *over]  # the record's own settings stay on top of the tiny ones
+    argv = [part for each in chain for part in ("--config", ROOT / each)]
+    argv += {
+        "configs/quickstart.yaml": ["--data.worlds=[grid, doom]", "--data.epochs_per_domain=1"],
+        "configs/dam/six_domains.yaml": [f"--data.root={official_root}", "--data.epochs_per_domain=1"],
+        "configs/own_videos.yaml": [f"--data.root={own_root}", "--trainer.max_epochs=1"],
+    }[base]
+    run = tmp_path / "run"
+    assert command("fit", *argv, "--run", run, "--test_after_fit=true") == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert all(0 <= metrics[name] <= 1 for name in ("val/accuracy", "test/accuracy"))
+    manifest = json.loads((newest_checkpoint(run) / "manifest.json").read_text())
+    assert manifest["facts"]["stage"] == len(manifest["facts"]["stages"]) - 1
+    written = yaml.safe_load((run / "config.yaml").read_text())
+    for overlay in over:
+        for key, value in scalars(load_file(ROOT / overlay)):
+            assert key[-1] == "epochs_per_domain" or look_up(written, key) == value, key
+
+
+def scalars(value, path=()):
+    if not isinstance(value, dict):
+        return [] if isinstance(value, list) else [(path, value)]
+    return [leaf for key, item in value.items() for leaf in scalars(item, (*path, key))]
+
+
+def look_up(value, path):
+    for key in path:
+        value = value[key]
+    return value
