@@ -95,12 +95,14 @@ class PrefixEncoder(VideoQABackbone):
     ) -> None:
         super().__init__(train_dropout)
         from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
         if text_config and pretrained:
             raise ValueError("text_config changes the text encoder's shape: set pretrained: false with it")
         if num_frames < 1:
             raise ValueError(f"num_frames={num_frames}; for the question alone leave frame_encoder out")
         source = resolve_source(text)
+        logging.disable_progress_bar()  # the weights are read in a moment
         self.tokenizer = AutoTokenizer.from_pretrained(source)
         config = AutoConfig.from_pretrained(source, attn_implementation="sdpa", **(text_config or {}))
         with torch.random.fork_rng(devices=[]):

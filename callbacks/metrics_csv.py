@@ -23,8 +23,8 @@ class MetricsCSV(Logger):
 
     A resumed run keeps the rows of the earlier part and drops those from the first step it logs again, so
     that no step appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is
-    replaced at most every ten seconds and at the end, so a reader always finds a complete file. Only rank 0
-    writes.
+    replaced at most every ten seconds, with every checkpoint and at the end, so a reader always finds a complete
+    file and a killed run loses no row that its checkpoint stands on. Only rank 0 writes.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -65,6 +65,13 @@ class MetricsCSV(Logger):
         """Write the file if the last write is ten seconds ago."""
         if self.rows and time.monotonic() - self.written_at > FLUSH_SECONDS:
             self._write()
+
+    @rank_zero_only
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write the file, and once more with the next row: a step is logged after its checkpoint."""
+        if self.rows:
+            self._write()
+        self.written_at = float("-inf")
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

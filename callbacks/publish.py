@@ -23,7 +23,9 @@ class PublishedCheckpoint(ModelCheckpoint):
 
     When: as Lightning's, with one change. A step checkpoint that falls on the last batch of an epoch is
     written at the end of that epoch instead, after validation, since a run resumed from it would skip that
-    validation.
+    validation. Where the training ends at a step that no checkpoint holds, ``last`` is written once more; a
+    stop in the middle of an epoch (``max_steps``, ``max_time``) is saved there, so that a resumed run goes on
+    with the next batch.
 
     Once a folder is complete, ``on_checkpoint_published(trainer, pl_module, path)`` of every callback that
     has it, and every hook given to `subscribe`, is called on all ranks, once per step (``last`` repeats the
@@ -90,6 +92,23 @@ class PublishedCheckpoint(ModelCheckpoint):
             remove_leftovers(self.dirpath)
         trainer.strategy.barrier("published checkpoints")
 
+    def publish_now(self, trainer: pl.Trainer, name: str = "last") -> Path:
+        """Write the folder ``name`` whatever the schedule, and tell who listens. All ranks must call it.
+
+        Returns:
+            its path.
+        """
+        path = str(Path(self.dirpath, name))
+        if name == self.CHECKPOINT_NAME_LAST:
+            self.last_model_path = path
+        self._save_checkpoint(trainer, path)
+        return Path(path)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run has its first step in a checkpoint already; the next batch may only add to gradients."""
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = self._published_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -97,8 +116,11 @@ class PublishedCheckpoint(ModelCheckpoint):
         if trainer.is_last_batch:
             every = self._every_n_train_steps
             self._due = every >= 1 and trainer.global_step % every == 0
-        else:
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            return
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
+            # The end of the epoch comes next, and would save as if the epoch were complete.
+            self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what is due at the end of an epoch, by epochs or put off by `on_train_batch_end`."""
@@ -108,6 +130,16 @@ class PublishedCheckpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+        if 0 <= trainer.max_epochs <= trainer.current_epoch + 1:
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring ``last`` to the final step."""
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):
+            self.publish_now(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

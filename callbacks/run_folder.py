@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
+from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
+from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.checkpoints import write_json, write_text
 from fulgurite.checkpoints.runs import CHECKPOINTS
 
@@ -51,6 +52,11 @@ class RunFolder(Callback):
         """Put the config into the manifest, so that the checkpoint can be loaded wherever it is moved to."""
         checkpoint.setdefault(MANIFEST_KEY, {})["settings"] = yaml.safe_load(self.config)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Start from the metrics of the run that is resumed; one that is complete logs none again."""
+        if trainer.state.fn == "fit":
+            self.metrics.update(checkpoint.get(METRICS_KEY, {}))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what trains."""
         total = sum(parameter.numel() for parameter in pl_module.parameters())
@@ -71,8 +77,12 @@ class RunFolder(Callback):
         batches.
         """
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.fast_dev_run:
-            path = self.path / CHECKPOINTS / "last"
-            trainer.save_checkpoint(path, weights_only=False)
+            publisher = next((c for c in trainer.callbacks if isinstance(c, PublishedCheckpoint)), None)
+            if publisher is not None:
+                path = publisher.publish_now(trainer)
+            else:
+                path = self.path / CHECKPOINTS / "last"
+                trainer.save_checkpoint(path, weights_only=False)
             rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved in {path}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,11 +27,13 @@ class Plan:
     Attributes:
         run: the run it belongs to, None for a new one.
         checkpoint: the checkpoint folder it loads, None for fresh weights.
-        stored: the run's config, read below everything else; None where ``--config`` was given.
+        made_with: the config of the run that the checkpoint comes from.
+        stored: the same config, read below everything else; None where ``--config`` was given.
     """
 
     run: Path | None = None
     checkpoint: Path | None = None
+    made_with: Path | None = None
     stored: Path | None = None
 
 
@@ -47,10 +49,9 @@ def plan_of(invocation: Invocation) -> Plan:
             None,
             checkpoint_at(named, "--ckpt_path") if named not in (None, *LIGHTNING_WORDS) else None,
         )
-    if run is None and checkpoint is not None:
-        run = run_of(checkpoint)
-    stored = None if run is None or invocation.configs else run / "config.yaml"
-    return Plan(run, checkpoint, stored if stored is not None and stored.is_file() else None)
+    origin = None if checkpoint is None else run_of(checkpoint)
+    made_with = None if origin is None else origin / "config.yaml"
+    return Plan(run or origin, checkpoint, made_with, None if invocation.configs else made_with)
 
 
 def _to_continue(invocation: Invocation, named: str | None) -> tuple[Path | None, Path | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -19,6 +20,16 @@ from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import plan_of
 from fulgurite.commands.train_cli import FOLDER_VARIABLE, TrainCLI
 
+# What Lightning warns of and this project does on purpose, by the start of the message.
+EXPECTED = (
+    r".*(LeafSpec|nn\.functional\.all_gather).* is deprecated",  # Lightning's own use of torch
+    r"Total length of `list` across ranks is zero",  # epochs within a stage have no validation
+    r"Found \d+ module\(s\) in eval mode",  # a frozen backbone stays in evaluation mode
+    r"The number of training batches .* is smaller than the logging interval",  # a stage may be short
+    r"The '\w+' does not have many workers",  # features are cached, so workers would only cost their start
+    r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics are reduced before they are logged
+)
+
 
 def run(command: str, argv: list[str]) -> int:
     """Parse, build and run one of the four Trainer commands; returns the exit code.
@@ -28,6 +39,8 @@ def run(command: str, argv: list[str]) -> int:
         DataError, CheckpointError: what the run reads is not as it must be.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message=message)
     invocation = Invocation.of(command, argv)
     plan = plan_of(invocation)
     if plan.stored is not None:

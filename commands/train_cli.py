@@ -112,8 +112,8 @@ class TrainCLI(LightningCLI):
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, self.invocation) from error
         self.config.experiment = experiment_of(self.invocation)
-        if self.plan.run is not None and self.plan.checkpoint is not None:
-            for line in differences(self.plan.run / "config.yaml", self.written(), self.invocation):
+        if self.plan.made_with is not None:
+            for line in differences(self.plan.made_with, self.written(), self.invocation):
                 rank_zero_info(line)
 
     def instantiate_classes(self) -> None:

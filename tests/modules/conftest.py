@@ -1,8 +1,5 @@
 import functools
-import json
 
-import av
-import numpy as np
 import pytest
 import torch
 
@@ -17,48 +14,11 @@ from fulgurite.methods.routing.centroid import CentroidRouter
 from fulgurite.modules.continual_video_qa import ContinualVideoQA
 
 DOMAINS = ("red", "green", "blue")
-SIZES = {"train": 20, "val": 6, "test": 7}
-
-
-def write_clip(path, channel, seed):
-    rng = np.random.default_rng(seed)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=4)
-        stream.width = stream.height = 64
-        stream.pix_fmt = "yuv420p"
-        for t in range(4):
-            picture = rng.integers(0, 60, (64, 64, 3), dtype=np.uint8)
-            picture[8 * t : 8 * t + 24, 8 : 32 + 8 * (seed % 3), channel] = 255
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode())
-
-
-@pytest.fixture(scope="session")
-def stream_folder(tmp_path_factory):
-    """Three domains of little videos with questions, in the layout of JsonlDataModule."""
-    root = tmp_path_factory.mktemp("stream")
-    for channel, domain in enumerate(DOMAINS):
-        folder = root / domain
-        folder.mkdir()
-        for clip in range(6):
-            write_clip(folder / f"{clip}.mp4", channel, clip)
-        for split, size in SIZES.items():
-            rows = [
-                {
-                    "id": f"{split}{i}",
-                    "video": f"{i % 6}.mp4",
-                    "question": f"How wide is the {domain} box?" if i % 2 else f"Is the {domain} box wide?",
-                    "answer": f"size {i % 3}" if i % 2 else ("yes" if i % 3 else f"no {domain}"),
-                    "kind": "size" if i % 2 else "yesno",
-                }
-                for i in range(size)
-            ]
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+SPLITS = ("train", "val", "test")
 
 
 def stream_data(root, domains=DOMAINS, epochs_per_domain=2, batch_size=8, **options):
-    files = {split: f"{split}.jsonl" for split in SIZES}
+    files = {split: f"{split}.jsonl" for split in SPLITS}
     parts = [JsonlDataModule(root / d, domain=d, **files) for d in domains]
     return ContinualDataModule(parts, epochs_per_domain, batch_size=batch_size, **options)
 

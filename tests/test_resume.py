@@ -1,0 +1,240 @@
+"""A run stopped anywhere goes on to the same bits; a finished one is evaluated and repeated from its folder."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from fulgurite.checkpoints import load_document, load_tensors
+
+STEPS = 12  # 3 stages of 2 epochs of 2 steps
+EVERY_STEP = ("--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1")
+KILLED = """
+import os, signal, sys
+from fulgurite.cli import main
+from fulgurite.modules.continual_video_qa import ContinualVideoQA
+train = ContinualVideoQA.training_step
+def step(self, batch, batch_idx):
+    if self.trainer.global_step == {at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(self, batch, batch_idx)
+ContinualVideoQA.training_step = step
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def cli(stream_config, tmp_path_factory):
+    """Run a command in this process, one thread, in a folder of its own."""
+    from fulgurite.cli import main
+
+    before, threads = os.getcwd(), torch.get_num_threads()
+    os.chdir(tmp_path_factory.mktemp("work"))
+    torch.set_num_threads(1)
+
+    def run(command, *argv, config=True):
+        return main([command, *(("--config", str(stream_config)) if config else ()), *map(str, argv)])
+
+    yield run
+    torch.set_num_threads(threads)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def whole(cli, tmp_path_factory):
+    """The unbroken run, with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert cli("fit", "--run", run, *EVERY_STEP) == 0
+    return run
+
+
+def checkpoint(run, step):
+    (path,) = (run / "checkpoints").glob(f"*-step={step}")
+    return path
+
+
+def losses(run):
+    """Training loss by step, as written."""
+    with (run / "metrics.csv").open() as file:
+        return {int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def metrics(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def state(run):
+    document = load_document(run / "checkpoints" / "last", "state")
+    kept = ("epoch", "global_step", "loops", "optimizer_states", "lr_schedulers")
+    return {name: document[name] for name in kept} | {"random": document["callbacks"]["RandomStates"]}
+
+
+def assert_bitwise(a, b, where=""):
+    """Equal values of equal types; tensors byte by byte."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_bitwise(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b)):
+            assert_bitwise(*pair, f"{where}/{index}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert a.shape == b.shape, where
+        assert a.numpy().tobytes() == b.numpy().tobytes(), where
+    else:
+        assert a == b, where
+
+
+def assert_same_end(run, whole, losses_from=0):
+    """Weights of all sets, router sums, optimizer, schedule, loops, random states, losses and metrics."""
+    assert_bitwise(load_tensors(run / "checkpoints" / "last"), load_tensors(whole / "checkpoints" / "last"))
+    assert_bitwise(state(run), state(whole))
+    assert losses(run) == {step: loss for step, loss in losses(whole).items() if step >= losses_from}
+
+
+def test_the_run_trains_every_set_and_draws_dropout(whole):
+    weights = load_tensors(whole / "checkpoints" / "last")
+    name = next(n for n in weights if n.startswith("bank.sets.red.") and n.endswith("up.weight"))
+    sets = [weights[name.replace(".red.", f".{s}.")] for s in ("initial", "red", "green", "blue")]
+    assert not any(torch.equal(a, b) for i, a in enumerate(sets) for b in sets[:i])
+    assert weights["router.counts"].tolist() == [20, 20, 20]
+    assert len(losses(whole)) == STEPS
+    first = [load_document(checkpoint(whole, s), "state")["callbacks"]["RandomStates"] for s in (1, 2)]
+    assert not torch.equal(*(r["ranks"][0]["torch"] for r in first))
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resumed_from_any_step_the_run_ends_the_same(step, whole, cli, tmp_path):
+    tested = step in (1, 4)
+    argv = ("--ckpt_path", checkpoint(whole, step), "--run", tmp_path / "run", *EVERY_STEP)
+    assert cli("fit", *argv, "--test_after_fit", str(tested).lower()) == 0
+    assert_same_end(tmp_path / "run", whole, losses_from=step)
+    if tested:
+        assert metrics(tmp_path / "run") == metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        (("--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "7"), (1, 5)),
+        (("--data.init_args.num_workers", "2", "--data.init_args.validate", "every_epoch"), (3,)),
+    ],
+    ids=["accumulation", "workers"],
+)
+def test_also_with_accumulated_gradients_and_with_workers(options, steps, cli, tmp_path):
+    argv = (*options, *EVERY_STEP, "--test_after_fit", "false")
+    assert cli("fit", *argv, "--run", tmp_path / "whole") == 0
+    for step in steps:
+        run = tmp_path / f"from {step}"
+        assert cli("fit", *argv, "--ckpt_path", checkpoint(tmp_path / "whole", step), "--run", run) == 0
+        assert_same_end(run, tmp_path / "whole", losses_from=step)
+        for later in (run / "checkpoints").glob("*-step=*"):  # no step is overwritten by half of the next
+            assert_bitwise(
+                load_document(later, "state")["loops"], load_document(whole_of(later, tmp_path), "state")["loops"]
+            )
+
+
+def whole_of(path, folder):
+    return folder / "whole" / "checkpoints" / path.name
+
+
+def test_killed_in_the_third_domain(whole, cli, stream_config, tmp_path):
+    run = tmp_path / "run"
+    argv = ("fit", "--config", stream_config, "--run", run, *EVERY_STEP)
+    child = subprocess.run([sys.executable, "-c", KILLED.format(at=9), *map(str, argv)], capture_output=True, text=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
+    assert not (run / "metrics.json").exists()
+    assert cli("fit", "--run", run, "--resume", "auto", *EVERY_STEP) == 0
+    assert_same_end(run, whole)
+    assert metrics(run) == metrics(whole)
+    assert (run / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert (run / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+
+
+def test_stopped_by_sigterm_and_by_max_steps(whole, cli, monkeypatch, tmp_path):
+    from fulgurite.modules.continual_video_qa import ContinualVideoQA
+
+    run, train = tmp_path / "run", ContinualVideoQA.training_step
+
+    def stop(self, batch, batch_idx):
+        if self.trainer.global_step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(self, batch, batch_idx)
+
+    seldom = ("--run", run, "--resume", "auto", "--checkpoint.every_n_train_steps", "5")
+    assert cli("fit", *seldom, "--trainer.max_steps", "3", "--test_after_fit", "false") == 0
+    assert state(run)["global_step"] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualVideoQA, "training_step", stop)
+        assert cli("fit", *seldom) == 143
+    assert state(run)["global_step"] == 7
+    assert cli("fit", *seldom) == 0
+    assert_same_end(run, whole)  # `last` is at step 12, though 10 is the last multiple of 5
+    assert metrics(run) == metrics(whole)
+
+
+def test_a_complete_run_trains_no_further(whole, cli, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / "report.html").unlink()
+    before = (run / "checkpoints" / "last" / "manifest.json").read_bytes()
+    assert cli("fit", "--run", run, "--resume", "auto", *EVERY_STEP) == 0
+    assert (run / "checkpoints" / "last" / "manifest.json").read_bytes() == before
+    assert metrics(run) == metrics(whole)
+    assert losses(run) == losses(whole)
+    assert (run / "report.html").is_file()
+
+
+def test_its_config_repeats_the_run(whole, cli, tmp_path):
+    assert cli("fit", "--config", whole / "config.yaml", "--run", tmp_path / "run", config=False) == 0
+    assert_same_end(tmp_path / "run", whole)
+    assert metrics(tmp_path / "run") == metrics(whole)
+    assert (tmp_path / "run" / "config.yaml").read_text() == (whole / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_evaluation_gives_the_numbers_of_the_run(config, whole, cli, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    argv = ("--config", run / "config.yaml") if config else ()
+    assert cli("test", *argv, "--ckpt_path", run / "checkpoints" / "last", config=False) == 0
+    (test,) = (run / "evaluations").glob("test-*")
+    expected = {name: value for name, value in metrics(run).items() if name.startswith("test/")}
+    assert len(expected) > 40
+    assert metrics(test) == expected
+    assert (test / "answers.jsonl").read_bytes() == (run / "answers.jsonl").read_bytes()
+    assert cli("validate", *argv, "--ckpt_path", run / "checkpoints" / "last", config=False) == 0
+    (validate,) = (run / "evaluations").glob("validate-*")
+    assert metrics(validate) == {name: value for name, value in metrics(run).items() if name.startswith("val/")}
+
+
+def test_predictions_are_the_answers_of_the_test(whole, cli, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    assert cli("predict", "--ckpt_path", run / "checkpoints" / "last", config=False) == 0
+    (predict,) = (run / "evaluations").glob("predict-*")
+    rows, answers = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (predict / "predictions.jsonl", run / "answers.jsonl")
+    )
+    assert [(r["id"], r["answer"]) for r in rows] == [(a["id"], a["answers"]["dynamic"]) for a in answers]
+    for row, answer in zip(rows, answers):
+        assert row["weights"] == pytest.approx(answer["weights"], abs=1e-4)
+
+
+def test_a_first_user_sees_no_warning(cli, tmp_path):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        argv = ("--trainer.log_every_n_steps", "50", "--trainer.max_epochs", "3", "--trainer.num_sanity_val_steps", "0")
+        assert cli("fit", *argv, "--run", tmp_path / "run", "--test_after_fit", "false") == 0
+    assert [str(warning.message) for warning in seen] == []
