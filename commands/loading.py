@@ -8,8 +8,10 @@ import jsonargparse
 import yaml
 from lightning.pytorch import LightningModule
 
-from fulgurite.checkpoints import RefusedError, load_tensors, read_manifest
+from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, read_manifest
+from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
+from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import checkpoint_at
 from fulgurite.modules.video_qa import VideoQA
@@ -37,7 +39,12 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
         import_named((), (model,))
         parser = jsonargparse.ArgumentParser(exit_on_error=False, parser_mode=PARSER_MODE)
         parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
-        module = parser.instantiate(parser.parse_string(yaml.safe_dump(model))).model
+        origin = Invocation("load", (), (folder / MANIFEST_NAME,), (model,), tuple(allow), ())
+        try:
+            parsed = parser.parse_string(yaml.safe_dump(model))
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+            raise explain(error, parser, origin) from error
+        module = parser.instantiate(parsed).model
     if isinstance(module, VideoQA):
         module.restore(manifest.facts)
         manifest.require_base(module.base_digest, str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
 warnings.filterwarnings("ignore", message=r"You are using a custom batch sampler `GlobalBatchSampler`")
 
 
-class FulguriteDataModule(LightningDataModule):
+class FulguriteDataModule(LightningDataModule, ABC):
     """Base of all DataModules. A subclass says where samples come from (`read`) and what they are (`info`).
 
     Within a fit the collator is asked of the trainer's module; elsewhere give one with `attach`.

@@ -340,12 +340,13 @@ class VideoQA(pl.LightningModule):
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Strict over everything that the delta holds; one error lists all differences.
+        """Where ``strict``, over everything that the delta holds; one error lists all differences.
 
         Raises:
             MismatchError: a tensor is missing, unknown, or of another shape.
         """
-        require_same_tensors(self.state_dict(), state_dict)
+        if strict:
+            require_same_tensors(self.state_dict(), state_dict)
         return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

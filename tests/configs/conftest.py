@@ -119,6 +119,11 @@ def command():
 
 
 @pytest.fixture(scope="session")
+def configs():
+    return CONFIGS
+
+
+@pytest.fixture(scope="session")
 def worlds_run(tmp_path_factory):
     """A finished run of the quickstart over two worlds with tiny encoders."""
     run = tmp_path_factory.mktemp("worlds") / "run"
