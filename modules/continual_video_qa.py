@@ -47,8 +47,9 @@ class ContinualVideoQA(VideoQA):
         mode: how the model answers in validation and prediction.
         modes: what ``test`` evaluates, each after every stage.
         start_from: a new stage starts from the previous stage's adapters, or from those before any stage.
-        selection: what a stage keeps: its ``last`` epoch, or the epoch with the ``best`` validation accuracy on its
-            own domain (strictly greater; needs the DataModule to validate every epoch).
+        selection: what a stage keeps: its ``last`` epoch, or the epoch where the live set alone has the ``best``
+            validation accuracy on the stage's domains (strictly greater, as published; needs the DataModule to
+            validate every epoch).
         optimizer: see `VideoQA`.
         schedule: see `VideoQA`.
         param_groups: see `VideoQA`.
@@ -122,15 +123,36 @@ class ContinualVideoQA(VideoQA):
         """Global epoch in which ``stage`` begins."""
         return sum(s.epochs for s in self.stages[:stage])
 
+    @property
+    def selects(self) -> bool:
+        """Whether the present validation decides what the stage keeps."""
+        return self.selection == "best" and self.val_rows_kept
+
+    def on_validation_start(self) -> None:
+        """Another count for the live set alone, where it is judged."""
+        super().on_validation_start()
+        if self.selects:
+            self.live_accuracy = ContinualAccuracy(len(self.evaluated.domains), 0, len(self.evaluated.kinds)).to(
+                self.device
+            )
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count one batch, in the configured mode and where needed with the live set."""
+        if not self.selects:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+            return
+        last = self.stage + 1
+        rows, _ = self.rows(batch, [(self.mode, last), ("last", last)])
+        configured, live = self.mixed_logits(batch, rows)
+        self.count(self.val_accuracy, batch, configured)
+        self.count(self.live_accuracy, batch, live)
+
     def on_validation_epoch_end(self) -> None:
         """Log the row; keep the live set where it is the stage's best so far."""
         super().on_validation_epoch_end()
-        if self.selection == "best" and not self.trainer.sanity_checking and self.trainer.state.fn == "fit":
-            own = (
-                self.val_matrix[self.stage + 1][[i for i, s in enumerate(self.own_stage) if s == self.stage + 1]]
-                .mean()
-                .item()
-            )
+        if self.selects:
+            columns = [i for i, stage in enumerate(self.own_stage) if stage == self.stage + 1]
+            own = self.live_accuracy.results()["matrix"][0, columns].mean().item()
             if own > self.best_accuracy:
                 self.best_accuracy = own
                 self.reshard()

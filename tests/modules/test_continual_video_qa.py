@@ -141,7 +141,7 @@ def test_best_epoch_is_kept_and_goes_on(make_module, make_data, make_trainer):
             self.seen.append((pl_module.stage, own, values(pl_module, "live")))
 
     seen = Accuracy()
-    module = make_module(selection="best", lr=0.3)
+    module = make_module(selection="best", lr=0.3, mode="last")
     data = make_data(("red", "green"), 4, validate="every_epoch")
     make_trainer(callbacks=[seen]).fit(module, datamodule=data)
     for stage, name in enumerate(("red", "green")):
@@ -149,6 +149,9 @@ def test_best_epoch_is_kept_and_goes_on(make_module, make_data, make_trainer):
         best = max(range(4), key=lambda i: (tried[i][0], -i))
         assert same(values(module, name), tried[best][1])
     assert len({own for _, own, _ in seen.seen}) > 1
+    other = make_module(selection="best", lr=0.3, mode="zero_shot")  # what it answers does not change with training
+    make_trainer().fit(other, datamodule=make_data(("red", "green"), 4, validate="every_epoch"))
+    assert all(same(values(module, name), values(other, name)) for name in ("red", "green"))
 
 
 def test_best_without_validation_is_an_error(make_module, make_data, make_trainer):
