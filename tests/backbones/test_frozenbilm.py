@@ -51,9 +51,7 @@ def build(**options):
 
 def build_bank(backbone, sets=SETS, random=True, dropout=0.0):
     placements = [
-        Placement(
-            ["attention_output", "feed_forward_output"], partial(Bottleneck, reduction=4, dropout=dropout)
-        ),
+        Placement(["attention_output", "feed_forward_output"], partial(Bottleneck, reduction=4, dropout=dropout)),
         Placement(["video_projection"], Replace),
     ]
     bank = AdapterBank(backbone, placements, sets)
@@ -165,9 +163,7 @@ def reference(model, batch, row, shares=None, names=SETS):
         video, real = batch["video"][row], batch["video_mask"][row]
         embeds = torch.cat([video @ projection[0].T + projection[1], embeds])
         mask, at, frames = torch.cat([real.long(), mask]), at + FRAMES, video[real].mean(0)
-    hidden = encoder(
-        inputs_embeds=embeds[None], attention_mask=mask[None], output_hidden_states=True
-    ).hidden_states
+    hidden = encoder(inputs_embeds=embeds[None], attention_mask=mask[None], output_hidden_states=True).hidden_states
     table = encoder.encoder.LayerNorm(encoder.encoder.rel_embeddings.weight)
     query = positions[: len(mask)] + hidden[-2][0]
     for _ in range(2):
@@ -206,9 +202,7 @@ def test_per_sample_mixture_equals_merged_weights(model):
     with bank.use(shares):
         mixed = backbone(batch).logits
     for row in range(3):
-        torch.testing.assert_close(
-            mixed[row], reference(model, batch, row, shares[row])[0], atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(mixed[row], reference(model, batch, row, shares[row])[0], atol=1e-5, rtol=1e-5)
     with bank.use("two"):
         torch.testing.assert_close(mixed[1], backbone(batch).logits[1], atol=1e-6, rtol=1e-6)
 

@@ -59,9 +59,7 @@ def folder_of(path, state, shards=1):
     """A language model in the layout of the hub: no video projection, no adapters."""
     path.mkdir()
     random_build().deberta.config.save_pretrained(path)
-    names = [
-        k for k in state if "adapter" not in k and "linear_video" not in k and k.startswith(("deb", "lm_"))
-    ]
+    names = [k for k in state if "adapter" not in k and "linear_video" not in k and k.startswith(("deb", "lm_"))]
     tensors = {k: state[k].half() for k in names} | {"mask_predictions.dense.weight": torch.zeros(2, 2)}
     tensors.pop("deberta.embeddings.position_ids", None)
     if shards == 1:
@@ -100,9 +98,7 @@ def test_a_complete_file_fills_everything_and_comes_back_out(tmp_path, official)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_trained_tensors_over_a_language_model(tmp_path, official, caplog, shards):
     folder = folder_of(tmp_path / "deberta", official, shards)
-    trained = {
-        k: v + 1 for k, v in official.items() if "adapter" in k or "linear_video" in k or "LayerNorm" in k
-    }
+    trained = {k: v + 1 for k, v in official.items() if "adapter" in k or "linear_video" in k or "LayerNorm" in k}
     path = save(tmp_path / "tuned.pth", trained)
     with caplog.at_level(logging.INFO):
         backbone = build(model=str(folder), checkpoint=path)
@@ -120,9 +116,7 @@ def test_a_language_model_alone_leaves_a_repeatable_projection(tmp_path, officia
     folder = folder_of(tmp_path / "deberta", official)
     backbone = build(model=str(folder))
     assert backbone.initial_adapters() is None
-    assert torch.equal(
-        backbone.lm_predictions["lm_head"].bias, official["lm_predictions.lm_head.bias"].half().float()
-    )
+    assert torch.equal(backbone.lm_predictions["lm_head"].bias, official["lm_predictions.lm_head.bias"].half().float())
     assert backbone.fingerprint == build(model=str(folder)).fingerprint
     assert backbone.fingerprint != build(model=str(folder), init_seed=1).fingerprint
 

@@ -115,9 +115,7 @@ def test_end_token_is_hidden_only_without_suffix_and_speech(tokenizer):
         ({"use_speech": False}, 0),
     ]:
         batch = collator(tokenizer, **options)([sample()])
-        length = len(
-            tokenizer(mask_prompt("what is this", "[MASK]", options.get("suffix", ".")))["input_ids"]
-        )
+        length = len(tokenizer(mask_prompt("what is this", "[MASK]", options.get("suffix", ".")))["input_ids"])
         assert batch["attention_mask"].sum() == length - hidden
         assert batch["attention_mask"][0, -1] == 1 - hidden
 

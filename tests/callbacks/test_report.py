@@ -26,9 +26,7 @@ class Answers(pl.LightningModule):
         self.log("test/accuracy", torch.tensor(0.5))
 
     def on_test_epoch_end(self):
-        self.test_answers = [
-            {"id": s.id, "domain": s.domain, "answers": {"m": "é"}} for s in reversed(SAMPLES)
-        ]
+        self.test_answers = [{"id": s.id, "domain": s.domain, "answers": {"m": "é"}} for s in reversed(SAMPLES)]
 
     def report_sections(self, samples):
         assert [a["id"] for a in self.test_answers] == [s.id for s in samples]

@@ -34,9 +34,7 @@ def continual() -> ContinualTest:
                 {"id": name, "domain": domain, "kind": kind, "gold": {"yes": 1.0}, "answers": given}
                 | {"weights": {domain: 0.75, "initial": 0.25}}
             )
-            samples.append(
-                Sample(id=name, domain=domain, question=f"Is <{name}> it?", answers={"yes": 1.0}, kind=kind)
-            )
+            samples.append(Sample(id=name, domain=domain, question=f"Is <{name}> it?", answers={"yes": 1.0}, kind=kind))
     modes = {}
     for i, mode in enumerate(NAMES):
         final = [sum(row[i] for row in rows) / len(rows) for rows in OUTCOMES.values()]

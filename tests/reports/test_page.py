@@ -43,9 +43,7 @@ def read(page: str) -> Reader:
 
 def test_texts_from_data_are_shown_as_they_are_and_run_nothing():
     table = html_table([HOSTILE], [[HOSTILE]])
-    page = render_page(
-        HOSTILE, HOSTILE, [Section(HOSTILE, table)], {HOSTILE: HOSTILE, "long": f"{HOSTILE}\nmore"}
-    )
+    page = render_page(HOSTILE, HOSTILE, [Section(HOSTILE, table)], {HOSTILE: HOSTILE, "long": f"{HOSTILE}\nmore"})
     reader = read(page)
     assert not [tag for tag, _ in reader.tags if tag == "script"]
     # title, h1, subtitle, contents, heading, two cells, label and value

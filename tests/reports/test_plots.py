@@ -60,9 +60,7 @@ def test_nothing_overlaps_in_a_crowded_picture():
     rows = ["zero-shot", *(f"after {n}" for n in names)]
     matrix = [[0.5 + 0.001 * i for i in range(7)] for _ in rows]
     lines = lines_figure([Panel("m", matrix)], rows, names, [i + 1 for i in range(7)])
-    matrices = matrices_figure(
-        [Panel("m", matrix), Panel("n", matrix)], rows, names, None, "title", "subtitle"
-    )
+    matrices = matrices_figure([Panel("m", matrix), Panel("n", matrix)], rows, names, None, "title", "subtitle")
     for figure in (lines, matrices):
         renderer = figure.canvas.get_renderer()
         figure.draw(renderer)

@@ -12,9 +12,7 @@ def test_standard_error_is_the_spread_of_repeated_draws():
     draws = (torch.rand(20000, 50, generator=generator) < 0.3).double().mean(1)
     assert standard_error(0.3, 50) == pytest.approx(draws.std().item(), rel=0.02)
     other = (torch.rand(20000, 20, generator=generator) < 0.9).double().mean(1)
-    assert standard_error_of_mean([0.3, 0.9], [50, 20]) == pytest.approx(
-        ((draws + other) / 2).std().item(), rel=0.02
-    )
+    assert standard_error_of_mean([0.3, 0.9], [50, 20]) == pytest.approx(((draws + other) / 2).std().item(), rel=0.02)
     assert math.isnan(standard_error(0.5, 0))
 
 
