@@ -183,3 +183,26 @@ def test_resume_without_reloading_is_exact(folder, trainer, watcher, limit, tmp_
         trainer(**options).fit(resumed, datamodule=data(folder), ckpt_path=path)
         assert [s for s in resumed.seen if s[0] == "train"] == reference[int(path.stem) :], path
         assert torch.equal(resumed.map.weight, watcher.map.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"max_epochs": 4}, 4),
+        ({"max_epochs": -1, "max_steps": 5}, 3),
+        ({"max_epochs": -1, "max_steps": 5, "limit_train_batches": 1}, 5),
+        ({"max_epochs": -1, "max_steps": 5, "accumulate_grad_batches": 2}, 5),
+    ],
+)
+def test_one_stage_is_as_long_as_the_fit(options, epochs, folder, watcher, trainer):
+    module = data(folder, batch_size=4)
+    lengths = []
+    watcher.on_train_start = lambda: lengths.append(module.stages()[0].epochs)
+    trainer(**options).fit(watcher, datamodule=module)
+    assert lengths == [epochs]
+    assert {epoch for phase, epoch, _ in watcher.seen if phase == "train"} == set(range(epochs))
+
+
+def test_a_fit_without_end_is_refused(folder, watcher, trainer):
+    with pytest.raises(DataError, match=r"trainer\.max_epochs or trainer\.max_steps"):
+        trainer(max_epochs=-1).fit(watcher, datamodule=data(folder))
