@@ -22,7 +22,7 @@ AREA = 32
 VIEW = 5  # cells along a side of the picture
 CREATURES = ("Cow", "Zombie", "Skeleton")
 # Cells of a view that must be of a terrain; the rare ones come in smaller patches.
-LEAST = {"grass": 14, "sand": 9, "water": 10, "stone": 11, "path": 9}
+LEAST = {"grass": 14, "sand": 10, "water": 10, "stone": 11, "path": 11}
 COUNTS = ("one", "two", "three")
 FACINGS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 DAY, NIGHT = 1.0, 0.25

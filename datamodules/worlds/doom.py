@@ -6,7 +6,6 @@ validation and test use different maps.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
@@ -61,14 +60,14 @@ class Doom:
         ):
             show(False)
         game.set_available_buttons([vizdoom.Button.TURN_LEFT_RIGHT_DELTA])
-        game.set_available_game_variables([vizdoom.GameVariable.ANGLE])
+        game.set_available_game_variables([vizdoom.GameVariable.ANGLE, vizdoom.GameVariable.SECRETCOUNT])
         game.set_episode_timeout(0)
         game.set_seed(int(rng.integers(1 << 30)))
         game.add_game_args("+sv_cheats 1 +sv_nomonsters 1")
         self.game: Any = game
 
-    def places(self) -> Iterator[tuple[float, float]]:
-        """Positions of the things that lie about in the maps, eight a visit, endlessly."""
+    def visit(self) -> Iterator[None]:
+        """Put the player where things lie about in the maps, up to eight places a visit to a map, endlessly."""
         while True:
             self.game.close()
             self.game.set_doom_map(f"map{next(self.maps):02d}")
@@ -80,12 +79,12 @@ class Doom:
             self.game.advance_action(4)
             things = self.game.get_state().objects
             for index in self.rng.permutation(len(things))[:8]:
-                yield things[index].position_x, things[index].position_y
-
-    def warp(self, x: float, y: float) -> None:
-        """Put the player down at a point of the map."""
-        self.game.send_game_command(f"warp {x:.0f} {y:.0f}")
-        self.game.advance_action(2)
+                self.game.send_game_command(f"warp {things[index].position_x:.0f} {things[index].position_y:.0f}")
+                self.game.advance_action(2)
+                if self.game.get_state().game_variables[1]:
+                    # The engine announces a found secret across the picture, for as long as the map is played.
+                    break
+                yield
 
     def face(self, angle: float) -> Any:
         """Turn to an angle in degrees (anticlockwise from east) and return the engine's state."""
@@ -108,28 +107,24 @@ class Doom:
                 return first + turn
         return None
 
-    def boxes(self, state: Any) -> list[tuple[str, float, float]]:
-        """Monsters in the cropped picture as (class, centre from -1 to 1, height of 240)."""
-        found = [
-            (label.object_name, (label.x + label.width / 2 - 160) / 120, label.height)
+    def monsters(self, state: Any) -> list[str]:
+        """Classes of the monsters whose middle is in the cropped picture."""
+        return [
+            label.object_name
             for label in state.labels
             if label.object_name in MONSTERS
+            and abs(label.x + label.width / 2 - 160) < 120
+            and label.height >= MIN_HEIGHT
         ]
-        return [box for box in found if abs(box[1]) < 1 and box[2] >= MIN_HEIGHT]
 
-    def film(self, x: float, y: float, path: list[tuple[float, float, float]]) -> tuple[np.ndarray, list[list]] | None:
-        """Frames and monsters in view along (forward, heading of the walk, angle); None if the way is blocked."""
+    def film(self, angles: np.ndarray) -> tuple[np.ndarray, list[list[str]]]:
+        """Frames, (F, SIZE, SIZE, 3), and the classes of the monsters in view in each, at these angles."""
         frames, seen = [], []
-        for forward, heading, angle in path:
-            if forward:
-                self.warp(
-                    x + forward * math.cos(math.radians(heading)),
-                    y + forward * math.sin(math.radians(heading)),
-                )
+        for angle in angles:
             state = self.face(angle)
-            frames.append(state.screen_buffer[:, 40:280])
-            seen.append(self.boxes(state))
-        return np.stack([picture(frame) for frame in frames]), seen
+            frames.append(picture(state.screen_buffer[:, 40:280]))
+            seen.append(self.monsters(state))
+        return np.stack(frames), seen
 
     def clear(self) -> None:
         """Remove every monster."""
@@ -144,19 +139,18 @@ def picture(screen: np.ndarray) -> np.ndarray:
     return (255 * small**GAMMA).round().astype(np.uint8)
 
 
-def order(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Clip | None:
-    """The camera turns from one monster to another."""
+def order(doom: Doom, monsters: list[str], move: str) -> Clip | None:
+    """The camera turns from one monster to another; None if the place has no room for it."""
     heading = doom.open_heading(40)
     if heading is None:
         return None
     sign = 1 if move == "left" else -1
     for monster, side in zip(monsters, (-1, 1)):
         doom.summon(monster, heading + sign * side * HALF_TURN)
-    # Stay on each monster, turn in between.
+    # Rest on each monster, turn in between.
     sweep = np.clip(np.linspace(-1.6, 1.6, NUM_FRAMES), -1, 1)
-    frames, seen = doom.film(x, y, [(0, heading, heading + sign * HALF_TURN * s) for s in sweep])
-    ends = ([name for name, _, _ in seen[i]] for i in (0, 1, -2, -1))
-    if list(ends) != [[monsters[0]], [monsters[0]], [monsters[1]], [monsters[1]]]:
+    frames, seen = doom.film(heading + sign * HALF_TURN * sweep)
+    if [seen[i] for i in (0, 1, -2, -1)] != [monsters[:1]] * 2 + [monsters[1:]] * 2:
         return None
     questions = (
         Question("Which monster is seen first?", MONSTERS[monsters[0]], "order"),
@@ -165,8 +159,11 @@ def order(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Cli
     return Clip(frames, questions)
 
 
-def group(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Clip | None:
-    """One, two or three monsters of a kind in front of a still camera; a single one stands at one side."""
+def group(doom: Doom, monsters: list[str], move: str) -> Clip | None:
+    """One, two or three monsters of a kind before a nearly still camera; a single one stands at one side.
+
+    None if the place has no room for it.
+    """
     count, place = move.split("/")
     heading = doom.open_heading(20)
     if heading is None:
@@ -174,9 +171,8 @@ def group(doom: Doom, x: float, y: float, monsters: list[str], move: str) -> Cli
     sides = {"left": (1,), "middle": (0,), "right": (-1,), "two": (1, -1), "three": (1, 0, -1)}[place]
     for side in sides:
         doom.summon(monsters[0], heading + 26 * side)
-    sway = 2 * np.sin(np.linspace(0, 2 * np.pi, NUM_FRAMES))
-    frames, seen = doom.film(x, y, [(0, heading, heading + s) for s in sway])
-    if any([name for name, _, _ in boxes] != monsters[:1] * len(sides) for boxes in seen):
+    frames, seen = doom.film(heading + 2 * np.sin(np.linspace(0, 2 * np.pi, NUM_FRAMES)))
+    if any(found != monsters[:1] * len(sides) for found in seen):
         return None
     questions = [
         Question("How many monsters are there?", count, "count"),
@@ -194,7 +190,7 @@ def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
     groups = spread(("two/two", "three/three"), rng)
     with tempfile.TemporaryDirectory() as folder:
         doom = Doom(split, rng, Path(folder))
-        places = doom.places()
+        places = doom.visit()
         try:
             while True:
                 for plot, plans in ((order, moves), (group, singles), (order, moves), (group, groups)):
@@ -203,9 +199,8 @@ def clips(domain: str, split: str, rng: np.random.Generator) -> Iterator[Clip]:
                         second = next(names)
                     move, clip = next(plans), None
                     while clip is None:
-                        x, y = next(places)
-                        doom.warp(x, y)
-                        clip = plot(doom, x, y, [first, second], move)
+                        next(places)
+                        clip = plot(doom, [first, second], move)
                         doom.clear()
                     yield clip
         finally:

@@ -1,7 +1,7 @@
 """Two worlds of OpenMoji pictures that look alike: ``emoji_scenes`` (space) and ``emoji_stories`` (time).
 
-Answers are the headings under which the Unicode code charts list the characters, and the numbers that place the
-pictures. Train, validation and test use different characters.
+Answers are the groups in which the Unicode code charts list the characters, and the numbers that place the pictures.
+Train, validation and test use different characters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from fulgurite.datamodules.worlds.clip import NUM_FRAMES, SIZE, Clip, Question, simulator, spread
 
-# Headings of the Unicode code charts (blocks 1F300, 1F600, 1F680, 1F900, 1FA70) in one word, with their ranges.
+# Groups of the Unicode code charts (blocks 1F300, 1F600, 1F680, 1F900, 1FA70), each in one word, as code points.
 HEADINGS: dict[str, tuple[tuple[int, int], ...]] = {
     "animal": ((0x1F400, 0x1F43C), (0x1F980, 0x1F9A9), (0x1F9AB, 0x1F9AD), (0x1FAB0, 0x1FAB3)),
     "building": (
@@ -123,7 +123,6 @@ class Emoji:
         self.counts = spread(COUNTS, rng)
         self.times = spread(TIMES, rng)
         self.changes = spread(("larger", "smaller"), rng)
-        self.wheres = spread((True, False), rng)
         self.pools = {name: spread(glyphs(name, split), rng) for name in HEADINGS}
 
     def glyph(self) -> tuple[str, str]:
@@ -146,7 +145,8 @@ class Emoji:
         aside = self.rng.uniform(-14, 14)
         size = int(self.rng.integers(48, 58))
         frames = []
-        for step in 35 * np.clip(np.linspace(-2.2, 2.2, NUM_FRAMES), -1, 1):
+        # It passes the middle sooner or later, so that the frame in the middle of the clip does not tell the way.
+        for step in 35 * np.clip(np.linspace(-2.2, 2.2, NUM_FRAMES) + self.rng.uniform(-0.8, 0.8), -1, 1):
             frames.append(draw(background, [(code, size, 64 + dx * step + dy * aside, 64 + dy * step + dx * aside)]))
         questions = (
             Question("What is shown?", heading, "what"),

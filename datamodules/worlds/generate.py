@@ -21,11 +21,11 @@ from fulgurite.datamodules.worlds.encode import write_video
 
 # Clips per (train, val, test).
 SIZES = {
-    "doom": (150, 30, 50),
-    "emoji_scenes": (165, 30, 72),
-    "grid": (150, 30, 50),
-    "emoji_stories": (164, 32, 80),
-    "crafter": (150, 30, 50),
+    "doom": (140, 32, 52),
+    "emoji_scenes": (140, 28, 72),
+    "grid": (120, 24, 40),
+    "emoji_stories": (145, 30, 75),
+    "crafter": (120, 24, 40),
 }
 WORLDS: dict[str, Callable[[str, str, np.random.Generator], Iterator[Clip]]] = {
     "doom": doom.clips,
