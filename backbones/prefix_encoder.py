@@ -1,8 +1,13 @@
 """Video tokens in front of a question, read together by a frozen pretrained text encoder.
 
-Frames go through a frozen image encoder and give P tokens each. A layer norm without weights and one linear map, the
+Frames go through a frozen image encoder and give P tokens x each. A layer norm without weights and one linear map, the
 *video projection*, put them into the text encoder's width; they stand before the question's tokens. The mean of the
 last layer over all valid positions is compared with frozen embeddings of the answers.
+
+    token = W [LN(x) ; t LN(x)] + b,   t from -1 (first frame) to 1 (last frame)
+
+The second half carries when something is seen: averaged over frames it is the first moment in time, which changes sign
+when the order of events does. Position embeddings alone say it too, but are small against the projected frames.
 
 Legend: B batch, F frames, P tokens of a frame, V = F * P video tokens, T text tokens, D text width, A answers.
 """
@@ -72,6 +77,7 @@ class PrefixEncoder(VideoQABackbone):
         num_frames: frames per video, taken at the centres of equal spans.
         max_tokens: longest question in tokens; a longer one is an error.
         temperature: cosine of state and answer is divided by it.
+        use_time: give the projection the second half above; False is the plain projection of x.
         routing_layer: index into the hidden states (embedding output first) for the text part of the routing
             feature.
         projection_seed: seed of the video projection's start values.
@@ -87,6 +93,7 @@ class PrefixEncoder(VideoQABackbone):
         num_frames: int = 6,
         max_tokens: int = 64,
         temperature: float = 0.07,
+        use_time: bool = True,
         routing_layer: int = -4,
         projection_seed: int = 0,
         train_dropout: Literal["official", "off"] = "off",
@@ -114,10 +121,10 @@ class PrefixEncoder(VideoQABackbone):
             self.frame_encoder = frame_encoder
             width = config.hidden_size
             if frame_encoder is not None:
-                self.video_projection = nn.Linear(frame_encoder.width, width)
+                self.video_projection = nn.Linear(frame_encoder.width * (2 if use_time else 1), width)
         self.sampling = FrameSampling("uniform", num_frames)
         self.max_tokens, self.temperature = max_tokens, temperature
-        self.routing_layer = routing_layer
+        self.routing_layer, self.use_time = routing_layer, use_time
         self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)
         layers, block = config.num_hidden_layers, r"text\.encoder\.layer\.\d+"
         self.spec = ModelSpec(
@@ -179,7 +186,7 @@ class PrefixEncoder(VideoQABackbone):
         parts: tuple[Tensor, ...] = ()
         if self.frame_encoder is not None:
             video = self._video(batch)  # (B, V, N)
-            tokens = self.video_projection(F.layer_norm(video, video.shape[-1:]))
+            tokens = self.video_projection(self._with_time(F.layer_norm(video, video.shape[-1:])))
             embeds = torch.cat([tokens, embeds], dim=1)
             mask = torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
             parts = (video.mean(1),)
@@ -187,6 +194,15 @@ class PrefixEncoder(VideoQABackbone):
         state = F.normalize(masked_mean(out.last_hidden_state, mask), dim=-1)
         logits = state @ self.answer_embeddings.T / self.temperature
         return QAOutput(logits, (*parts, masked_mean(out.hidden_states[self.routing_layer], mask)))
+
+    def _with_time(self, video: Tensor) -> Tensor:
+        """(B, V, N) to (B, V, 2 N): each token also weighted by the place of its frame in time."""
+        if not self.use_time:
+            return video
+        frames = self.sampling.count
+        time = torch.linspace(-1, 1, frames, device=video.device) if frames > 1 else video.new_zeros(1)
+        weight = time.to(video.dtype).repeat_interleave(video.shape[1] // frames)  # (V,)
+        return torch.cat([video, weight[:, None] * video], dim=-1)
 
     def _video(self, batch: Batch) -> Tensor:
         if "video" in batch:

@@ -109,9 +109,7 @@ class Plots:
             shots.append(look_around(land))
         questions = (
             Question("What is most of the ground at first?", grounds[0], "order"),
-            Question("What is most of the ground at the end?", grounds[1], "order"),
             Question("Which creature comes first?", names[0].lower(), "order"),
-            Question("Which creature comes last?", names[1].lower(), "order"),
         )
         return Clip(np.concatenate([shots[0][:change], shots[1][change:]]), questions)
 

@@ -154,7 +154,6 @@ def order(doom: Doom, monsters: list[str], move: str) -> Clip | None:
         return None
     questions = (
         Question("Which monster is seen first?", MONSTERS[monsters[0]], "order"),
-        Question("Which monster is seen last?", MONSTERS[monsters[1]], "order"),
     )
     return Clip(frames, questions)
 

@@ -157,7 +157,7 @@ class Emoji:
 
     def pair(self) -> Clip:
         """Two pictures of different headings side by side or one above the other."""
-        (heading, code), (other, other_code) = self.two_glyphs()
+        (heading, code), (_, other_code) = self.two_glyphs()
         side, background = next(self.sides), next(self.backgrounds)
         dx, dy = SIDES[side]
         opposite = next(name for name, (x, y) in SIDES.items() if (x, y) == (-dx, -dy))
@@ -215,7 +215,7 @@ class Emoji:
 
     def follows(self) -> Clip:
         """One picture is shown, then another."""
-        (heading, code), (other, other_code) = self.two_glyphs()
+        (heading, code), (_, other_code) = self.two_glyphs()
         background = next(self.backgrounds)
         size, change = int(self.rng.integers(62, 84)), int(self.rng.integers(5, 8))
         spots = self.rng.uniform(46, 82, (2, 2))
@@ -225,7 +225,6 @@ class Emoji:
         ]
         questions = (
             Question("What comes first?", heading, "order"),
-            Question("What comes last?", other, "order"),
             Question("What colour is the background?", background, "colour"),
         )
         return Clip(np.stack(frames), questions)

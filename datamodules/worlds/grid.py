@@ -123,9 +123,7 @@ class Plots:
         ]
         questions = (
             Question("Which object is in the first room?", first, "order"),
-            Question("Which object is in the last room?", second, "order"),
             Question("What colour is the object in the first room?", colours[0], "order"),
-            Question("What colour is the object in the last room?", colours[1], "order"),
         )
         return Clip(np.stack(frames), questions)
 
