@@ -157,7 +157,7 @@ class Emoji:
 
     def pair(self) -> Clip:
         """Two pictures of different headings side by side or one above the other."""
-        (heading, code), (_, other_code) = self.two_glyphs()
+        (heading, code), (other, other_code) = self.two_glyphs()
         side, background = next(self.sides), next(self.backgrounds)
         dx, dy = SIDES[side]
         opposite = next(name for name, (x, y) in SIDES.items() if (x, y) == (-dx, -dy))
