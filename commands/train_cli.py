@@ -135,6 +135,7 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's loggers, callbacks and checkpoint format, in the run folder."""
         # Not needed to parse or to show the help.
+        from fulgurite.callbacks.adapter_files import AdapterFolders
         from fulgurite.callbacks.report import Report
 
         settings = dict(self.config_init.trainer)
@@ -151,6 +152,8 @@ class TrainCLI(LightningCLI):
         callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
         if self.invocation.command in ("fit", "test") and not any(isinstance(c, Report) for c in callbacks):
             callbacks.append(Report())
+        if self.invocation.command == "fit":
+            callbacks.append(AdapterFolders())
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
