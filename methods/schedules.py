@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import bisect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 
-class Schedule:
+class Schedule(ABC):
     """Multiplies the learning rate. ``step`` counts from 0 to ``total`` - 1 within one stage."""
 
+    @abstractmethod
     def __call__(self, step: int, total: int) -> float:
         """Factor of the base learning rate for optimizer step ``step`` of ``total``."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(step, total)")
 
 
 class Constant(Schedule):

@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is counted over the test questions, exact over ranks with uneven data."""

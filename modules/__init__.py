@@ -1,1 +1,1 @@
-"""TODO"""
+"""What is trained: LightningModules, one per task family."""
