@@ -78,13 +78,10 @@ def group_of(answer: Answer, groups: Sequence[Group]) -> int:
     return next(i for i, group in enumerate(groups) if group.holds(answer))
 
 
-def choose(
-    answers: Sequence[Answer], domains: Sequence[str], groups: Sequence[Group], number: int
-) -> list[Answer]:
+def choose(answers: Sequence[Answer], domains: Sequence[str], groups: Sequence[Group], number: int) -> list[Answer]:
     """Examples by the rule at the top of this file; ``number`` of them unless there are fewer questions."""
     queues = {
-        d: [[a for a in _shuffled(answers, d) if group_of(a, groups) == g] for g in range(len(groups))]
-        for d in domains
+        d: [[a for a in _shuffled(answers, d) if group_of(a, groups) == g] for g in range(len(groups))] for d in domains
     }
     next_group = {d: i for i, d in enumerate(domains)}
     chosen: list[Answer] = []
@@ -104,9 +101,7 @@ def _shuffled(answers: Sequence[Answer], domain: str) -> list[Answer]:
     return sorted(mine, key=lambda a: hashlib.sha256(str(a["id"]).encode()).hexdigest())
 
 
-def example_html(
-    answer: Answer, sample: Sample | None, modes: Mapping[str, str], outcome: str, frames: int = 5
-) -> str:
+def example_html(answer: Answer, sample: Sample | None, modes: Mapping[str, str], outcome: str, frames: int = 5) -> str:
     """One question: frames, accepted answers, each mode's answer marked right or wrong, mixing weights.
 
     Args:

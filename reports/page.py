@@ -63,10 +63,7 @@ def render_page(title: str, subtitle: str, sections: Sequence[Section], facts: M
     anchors = _anchors([s.title for s in parts] + ["Run"])
     body = [_section(s.title, s.html, a) for s, a in zip(parts, anchors)]
     body.append(_section("Run", _facts(facts), anchors[-1]))
-    links = [
-        f'<li><a href="#{a}">{escape(t)}</a></li>'
-        for t, a in zip([*(s.title for s in parts), "Run"], anchors)
-    ]
+    links = [f'<li><a href="#{a}">{escape(t)}</a></li>' for t, a in zip([*(s.title for s in parts), "Run"], anchors)]
     template = Template(files("fulgurite.reports").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title), subtitle=escape(subtitle), contents="".join(links), sections="\n".join(body)

@@ -128,9 +128,7 @@ def confusion_figure(counts: Matrix, names: Sequence[str], title: str = "") -> F
             if not math.isnan(share):
                 strong = {"weight": "bold"} if r == c else {}
                 colour = _on(share)
-                axes.text(
-                    c, r - 0.14, f"{100 * share:.0f} %", ha="center", va="center", color=colour, **strong
-                )
+                axes.text(c, r - 0.14, f"{100 * share:.0f} %", ha="center", va="center", color=colour, **strong)
                 axes.text(c, r + 0.24, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=7.5)
     _names(axes, names, names)
     axes.set_ylabel("domain of the question", color=SOFT, fontsize=9)
@@ -175,9 +173,7 @@ def lines_figure(
         axes.set_ylim(low, high)
         for (_, name, colour), y in zip(sorted(ends), _spread([e[0] for e in ends], (high - low) * 0.066)):
             axes.text(len(stages) - 0.72, y, name, color=colour, va="center", fontsize=9, clip_on=False)
-        axes.set_xticks(
-            range(len(stages)), stages, rotation=35, ha="right", rotation_mode="anchor", fontsize=8.5
-        )
+        axes.set_xticks(range(len(stages)), stages, rotation=35, ha="right", rotation_mode="anchor", fontsize=8.5)
         axes.tick_params(axis="y", labelsize=8.5)
         axes.grid(axis="y", color=RULE, linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -211,9 +207,7 @@ def bars_figure(
     colours = [LINES[0] if i == chosen else "#a9bcc4" for i in range(len(names))]
     axes.barh(range(len(names)), [100 * v for v in values], height=0.66, color=colours, zorder=1)
     for y, row in enumerate(points):
-        axes.scatter(
-            [100 * v for v in row], [y] * len(row), s=11, color=INK, alpha=0.45, zorder=2, linewidths=0
-        )
+        axes.scatter([100 * v for v in row], [y] * len(row), s=11, color=INK, alpha=0.45, zorder=2, linewidths=0)
     for y, (value, error) in enumerate(zip(values, errors)):
         if not math.isnan(error):
             axes.errorbar(100 * value, y, xerr=100 * error, color=INK, linewidth=1.3, capsize=3, zorder=3)

@@ -48,16 +48,11 @@ def html_table(
     for r, row in enumerate(rows):
         cells = []
         for c, cell in enumerate(row):
-            style = " ".join(
-                [*(["best"] if (r, c) in best else []), *(["text"] if c in text_columns else [])]
-            )
+            style = " ".join([*(["best"] if (r, c) in best else []), *(["text"] if c in text_columns else [])])
             cells.append(f'<td class="{style}">{escape(cell)}</td>' if style else f"<td>{escape(cell)}</td>")
         name = f' class="{row_class[r]}"' if r in row_class else ""
         lines.append(f"<tr{name}>{''.join(cells)}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 
 def best_cells(values: Sequence[Sequence[float | None]], skip: Collection[int] = ()) -> set[tuple[int, int]]:

@@ -81,9 +81,7 @@ class ContinualTest:
     @property
     def trained_from(self) -> list[int | None]:
         """For every domain the stage (1..T) that trains it first, None where none has."""
-        return [
-            next((t + 1 for t, s in enumerate(self.trained) if d in s.domains), None) for d in self.domains
-        ]
+        return [next((t + 1 for t, s in enumerate(self.trained) if d in s.domains), None) for d in self.domains]
 
     @property
     def numbers(self) -> list[int]:
@@ -145,9 +143,7 @@ def stages_section(test: ContinualTest) -> Section:
         "Accuracy on every domain after every stage, %",
         "Below the line: domains already trained. Darker is higher.",
     )
-    lines = lines_figure(
-        panels, ["zero-shot", *(s.name for s in test.trained)], test.domains, test.trained_from
-    )
+    lines = lines_figure(panels, ["zero-shot", *(s.name for s in test.trained)], test.domains, test.trained_from)
     html = (
         f"<figure>{img_tag(matrices, 'Accuracy matrices over the stages')}</figure>"
         f"<figure>{img_tag(lines, 'Accuracy of every domain over the stages')}<figcaption>Dotted: before the "

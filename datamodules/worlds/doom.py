@@ -152,9 +152,7 @@ def order(doom: Doom, monsters: list[str], move: str) -> Clip | None:
     frames, seen = doom.film(heading + sign * HALF_TURN * sweep)
     if [seen[i] for i in (0, 1, -2, -1)] != [monsters[:1]] * 2 + [monsters[1:]] * 2:
         return None
-    questions = (
-        Question("Which monster is seen first?", MONSTERS[monsters[0]], "order"),
-    )
+    questions = (Question("Which monster is seen first?", MONSTERS[monsters[0]], "order"),)
     return Clip(frames, questions)
 
 
