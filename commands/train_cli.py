@@ -151,7 +151,7 @@ class TrainCLI(LightningCLI):
             settings["plugins"].append(DigestCheckpointIO())
         callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
         if self.invocation.command in ("fit", "test") and not any(isinstance(c, Report) for c in callbacks):
-            callbacks.append(Report())
+            callbacks.append(Report(self.config.experiment))
         if self.invocation.command == "fit":
             callbacks.append(AdapterFolders())
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
