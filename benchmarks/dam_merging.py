@@ -11,6 +11,7 @@ allocates.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,12 @@ from measure import load, machine, minima, peak_bytes
 from torch import Tensor
 from torch.nn import functional as F
 
+from fulgurite.backbones.frames import TimmFrameEncoder
+from fulgurite.backbones.prefix_encoder import PrefixEncoder
+from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.mixing import Mixture
+from fulgurite.methods.adapters.replace import Replace
 from fulgurite.methods.routing.centroid import mixing_weights
 
 SAMPLES, POSITIONS, REDUCTION = 32, 74, 8
@@ -77,6 +82,41 @@ def measure(width: int, rounds: int) -> None:
     print(f"  K=50 against K=6: {times['mixed 50'] / times['mixed 6']:.2f}")
 
 
+@torch.no_grad()
+def measure_whole_model(rounds: int) -> None:
+    """Print the quickstart model's forward with top-2 mixing against the forward with one adapter set."""
+    generator = torch.Generator().manual_seed(0)
+    encoder = TimmFrameEncoder("test_efficientnet", weights=None)
+    encoder.width = 1280  # frames come as stored features of the quickstart's encoder
+    backbone = PrefixEncoder(frame_encoder=encoder)
+    backbone.set_answers([f"answer {i}" for i in range(63)])
+    kinds = functools.partial(Bottleneck, reduction=REDUCTION, activation="gelu", init="official")
+    placements = [
+        Placement(["attention_output", "feed_forward_output"], kinds),
+        Placement(["video_projection"], Replace),
+    ]
+    names = [f"world {i}" for i in range(5)]
+    bank = AdapterBank(backbone, placements, names)
+    batch = {
+        "input_ids": torch.randint(1000, 20000, (SAMPLES, 12), generator=generator),
+        "attention_mask": torch.ones(SAMPLES, 12, dtype=torch.long),
+        "video": torch.randn(SAMPLES, 24, 1280, generator=generator),
+    }
+    similarities = 0.8 + 0.02 * torch.rand(SAMPLES, 5, generator=generator)
+    weights = mixing_weights(similarities, top_k=2, temperature=0.01)
+
+    def forward(selection: str | Tensor | None) -> None:
+        with bank.use(selection, names if isinstance(selection, Tensor) else None):
+            backbone(batch)
+
+    calls = {"bare": lambda: forward(None), "one": lambda: forward(names[0]), "mixed": lambda: forward(weights)}
+    times = minima(calls, rounds)
+    print(
+        f"\nquickstart model, B={SAMPLES}: forward with one adapter set {times['one'] * 1e3:.0f} ms, "
+        f"with mixing {times['mixed'] / times['one']:.3f} x, without adapters {times['bare'] / times['one']:.3f} x"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
@@ -87,6 +127,7 @@ def main() -> None:
     print(f"{machine(options.threads)}; B={SAMPLES}, S={POSITIONS}, reduction {REDUCTION}, top-2")
     for width in options.widths:
         measure(width, options.rounds)
+    measure_whole_model(options.rounds)
     print(f"at the end: {load()}")
 
 
