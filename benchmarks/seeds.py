@@ -57,9 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     jobs = [(None, seed) for seed in options.seeds]
     jobs += [(name, options.seeds[0]) for name in BASELINES]
-    order = [job for pair in zip(jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]) for job in pair] + jobs[-1:]
     with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(order, pool.map(lambda job: run(options.runs, *job), order)))
+        results = dict(zip(jobs, pool.map(lambda job: run(options.runs, *job), jobs)))
     main_runs = [results[None, seed] for seed in options.seeds]
     modes = [key.split("/")[1] for key in main_runs[0] if key.startswith("test/") and key.endswith("/average")]
     print("| mode | average | forgetting |\n|---|---|---|")

@@ -19,7 +19,7 @@ from fulgurite.methods.adapters.bank import AdapterBank
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.peft_format import from_peft, to_peft
 from fulgurite.methods.adapters.replace import Replace
-from fulgurite.modules.video_qa import VideoQA
+from fulgurite.modules.video_qa import INITIAL, VideoQA
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -66,7 +66,7 @@ def read_peft_folder(
 
 
 class AdapterFolders(pl.Callback):
-    """Writes ``adapters/<set>/`` of the run: what each stage learned, one folder per set.
+    """Writes ``adapters/<name>/`` of the run: the start (``initial``) and what every stage that has begun learned.
 
     Hook: ``on_train_end``, so also where a run stops early. A set of `LoRA` (and `Replace`) is in peft's layout; other
     kinds are a checkpoint folder with tensors ``<site>.<tensor>``. All ranks gather, rank 0 writes. Nothing is stored
@@ -74,15 +74,17 @@ class AdapterFolders(pl.Callback):
     """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write every set but the live one."""
+        """Write the start and every stage so far; the current stage's values are in the live set."""
         if not isinstance(pl_module, VideoQA) or trainer.fast_dev_run:
             return
         bank = pl_module.bank
         pl_module.reshard()
-        for name in bank.names:
-            if name == bank.live:
-                continue
-            folder = Path(trainer.default_root_dir) / "adapters" / name
+        stages = [s.name for s in pl_module.stages]
+        sets = {INITIAL: INITIAL} | {name: name for name in stages[: pl_module.stage] if name in bank.names}
+        if pl_module.stage >= 0:
+            sets[stages[pl_module.stage]] = bank.live
+        for stage, name in sets.items():
+            folder = Path(trainer.default_root_dir) / "adapters" / stage
             adapters = bank.sets[name].values()
             if any(isinstance(a, LoRA) for a in adapters) and all(isinstance(a, LoRA | Replace) for a in adapters):
                 config, tensors = to_peft(bank, name)
@@ -94,4 +96,4 @@ class AdapterFolders(pl.Callback):
             state = gather(state, trainer.is_global_zero)
             if trainer.is_global_zero:
                 base = {"source": type(pl_module.backbone).__name__, "digest": pl_module.base_digest}
-                save_checkpoint_folder(folder, {"adapters": state}, kind="delta", base=base, facts={"set": name})
+                save_checkpoint_folder(folder, {"adapters": state}, kind="delta", base=base, facts={"set": stage})

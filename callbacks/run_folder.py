@@ -87,6 +87,9 @@ class RunFolder(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics of ``test``, beside those of the fit that it followed."""
+        results = getattr(pl_module, "test_results", None)
+        if results is not None and trainer.is_global_zero and not trainer.fast_dev_run:
+            write_json(self.path / "results.json", plain(results))
         self._write_metrics(trainer)
 
     def on_predict_batch_end(
@@ -133,9 +136,11 @@ class RunFolder(Callback):
 
 
 def plain(value: Any) -> Any:
-    """A value with its tensors as numbers and lists, so that it can be written as JSON."""
+    """A value with its tensors as numbers and lists and NaN as None, so that it can be written as JSON."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

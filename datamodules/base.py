@@ -73,6 +73,12 @@ class FulguriteDataModule(LightningDataModule, ABC):
         feature_cache: Path | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise DataError(f"data.{name}={size} must be at least 1")
+        if num_workers < 0:
+            raise DataError(f"data.num_workers={num_workers} must be at least 0")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.num_workers = num_workers

@@ -114,6 +114,9 @@ class JsonlDataModule(FulguriteDataModule):
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{where}: the question is missing or empty")
+        for key, kind in (("kind", str), ("speech", str), ("options", list)):
+            if row.get(key) is not None and not isinstance(row[key], kind):
+                raise DataError(f"{where}: the key {key!r} must be a {kind.__name__}, got {row[key]!r}")
         answers = _scores(row, where)
         if answered and not answers:
             raise DataError(f"{where}: no answer; questions without answers belong in the file given as 'predict'")
@@ -124,7 +127,7 @@ class JsonlDataModule(FulguriteDataModule):
             answers=answers,
             kind=row.get("kind"),
             speech=row.get("speech") or None,
-            options=tuple(row.get("options", ())),
+            options=tuple(str(option) for option in row.get("options") or ()),
             video=Video(self.media / row["video"]),
         )
 
@@ -136,7 +139,10 @@ def _scores(row: Mapping[str, Any], where: str) -> dict[str, float]:
     if isinstance(given, str):
         given = [given]
     if isinstance(given, Mapping):
-        scores = {str(answer): float(score) for answer, score in given.items()}
+        scores = {str(answer): score for answer, score in given.items()}
+        wrong = {a: x for a, x in scores.items() if not isinstance(x, int | float) or not 0 <= x <= 1}
+        if wrong:
+            raise DataError(f"{where}: scores of answers must be numbers from 0 to 1, got {wrong!r}")
     elif isinstance(given, list):
         scores = dict.fromkeys((str(answer) for answer in given), 1.0)
     else:

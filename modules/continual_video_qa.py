@@ -31,7 +31,7 @@ from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mod
 from fulgurite.modules.video_qa import INITIAL, ParamGroup, VideoQA
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import ContinualTest, sections_of_continual
-from fulgurite.samples import Batch, DataInfo, Sample, Stage
+from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage
 
 BEST = "best"
 
@@ -91,6 +91,19 @@ class ContinualVideoQA(VideoQA):
         if len(set(names)) < len(names) or "live" in names:
             raise ValueError(f"stage names must differ and not be initial, live or best; got {names[1:]}")
         return names
+
+    def setup(self, stage: str) -> None:
+        """As in the base; keeping the best epoch needs a validation of every epoch."""
+        super().setup(stage)
+        if (
+            stage == "fit"
+            and self.selection == "best"
+            and getattr(self.trainer.datamodule, "validate", "") == "stage_end"
+        ):
+            raise DataError(
+                "selection: best compares the epochs of a stage: set the DataModule's validate: every_epoch, or "
+                "model.init_args.selection: last"
+            )
 
     def prepare(self, info: DataInfo, stages: Sequence[Stage]) -> None:
         """Build sets, answers and routers for the data."""
@@ -338,7 +351,7 @@ class ContinualVideoQA(VideoQA):
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Also the best accuracy of the stage so far."""
         super().restore(facts)
-        self.best_accuracy = facts["best_accuracy"]
+        self.best_accuracy = facts.get("best_accuracy", -1.0)
 
 
 def own_stages(info: DataInfo, stages: Sequence[Stage]) -> list[int]:

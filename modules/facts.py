@@ -17,8 +17,25 @@ def stage_names(stages: Sequence[Stage]) -> list[str]:
     return [s.name for s in stages]
 
 
+def check_epochs(trained: Sequence[Stage], now: Sequence[Stage], stage: int) -> None:
+    """Refuse to go on where the epochs of a stage that has begun are not those it was trained with.
+
+    Another number would let the run fall back into a finished stage and overwrite what it learned.
+    """
+    before, after = ([s.epochs for s in stages[: stage + 1]] for stages in (trained, now))
+    if before != after:
+        raise MismatchError(
+            f"the checkpoint's stages so far have {before} epochs, this run's have {after}: resume with the "
+            "checkpoint's epochs_per_domain, or start a new run from its weights (--init_from)"
+        )
+
+
 def read_facts(facts: Mapping[str, Any]) -> tuple[DataInfo, tuple[Stage, ...]]:
     """Data facts and stages as `VideoQA.on_save_checkpoint` recorded them."""
+    if "info" not in facts or "stages" not in facts:
+        raise MismatchError(
+            "the checkpoint holds no data facts: it was not written by a video question answering module"
+        )
     info = DataInfo(**{k: tuple(v) for k, v in facts["info"].items()})
     return info, tuple(Stage(**{**s, "domains": tuple(s["domains"])}) for s in facts["stages"])
 

@@ -26,6 +26,7 @@ from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy
 from fulgurite.metrics.vqa_accuracy import answer_credit
 from fulgurite.modules.facts import (
+    check_epochs,
     describe_difference,
     evaluated_facts,
     read_facts,
@@ -143,7 +144,7 @@ class VideoQA(pl.LightningModule):
         fully_shard(self, mesh=mesh)
 
     def reshard(self) -> None:
-        """Bring every FSDP2 unit back to its sharded form, so that values can be read and written in place."""
+        """Bring every FSDP2 unit back to its sharded form, to read and write values in place."""
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -369,8 +370,10 @@ class VideoQA(pl.LightningModule):
             MismatchError: other vocabulary, domains or backbone than the checkpoint's.
         """
         facts = checkpoint["fulgurite"]
-        info, _ = read_facts(facts)
-        if self.trainer.state.fn != "fit" and info != self.info:
+        info, stages = read_facts(facts)
+        if self.trainer.state.fn == "fit":
+            check_epochs(stages, self.stages, facts["stage"])
+        elif info != self.info:
             self.forget()
         self.restore(facts)
         Manifest(kind="delta", base=facts["base"]).require_base(self.base_digest, "the checkpoint")
@@ -382,7 +385,9 @@ class VideoQA(pl.LightningModule):
             MismatchError: the module is already built for other data.
         """
         info, stages = read_facts(facts)
-        self.prepare(info, stages if self.info is None else self.stages)
+        own = self.stages if self.info is not None else stages
+        self.prepare(info, stages)
+        self.stages = own
         self.stage = facts["stage"]
 
     def forget(self) -> None:

@@ -39,13 +39,20 @@ def test_lora_sets_are_folders_of_peft(make_module, make_data, make_trainer, tmp
 
     module = lora_module()
     make_trainer(callbacks=[AdapterFolders()], max_epochs=1).fit(module, datamodule=make_data(("red",), 1))
-    folder = tmp_path / "adapters" / "initial"
+    folder = tmp_path / "adapters" / "red"
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     again = lora_module()
-    with torch.no_grad():
-        for parameter in again.bank.parameters_of("live"):
-            parameter.fill_(7.0)
     read_peft_folder(again.bank, "live", folder)
-    initial = dict(module.bank.sets["initial"].named_parameters())
+    trained = dict(module.bank.sets["live"].named_parameters())
     for name, parameter in again.bank.sets["live"].named_parameters():
-        assert torch.equal(parameter, initial[name]), name
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_a_run_stopped_early_leaves_no_folder_of_a_stage_that_has_not_begun(
+    make_module, make_data, make_trainer, tmp_path
+):
+    module = make_module()
+    make_trainer(callbacks=[AdapterFolders()], max_epochs=1).fit(module, datamodule=make_data(("red", "green"), 2))
+    assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["initial", "red"]
+    stored = load_tensors(tmp_path / "adapters" / "red", "adapters")
+    assert any(name.endswith("up.weight") and value.abs().sum() > 0 for name, value in stored.items())
