@@ -28,8 +28,8 @@ class QAOutput:
     routing: tuple[Tensor, ...]
 
 
-class VideoQABackbone(nn.Module, ABC):
-    """A frozen video-language model that scores a fixed list of answers.
+class FrozenBackbone(nn.Module, ABC):
+    """A frozen pretrained model, whatever its task.
 
     A subclass fills `spec` in its constructor and calls `freeze` last. Parameter names are those of the pretrained
     model and never change: adapters attach through hooks.
@@ -40,7 +40,6 @@ class VideoQABackbone(nn.Module, ABC):
     """
 
     spec: ModelSpec
-    answers: tuple[str, ...] = ()
 
     def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
         super().__init__()
@@ -51,26 +50,13 @@ class VideoQABackbone(nn.Module, ABC):
         self.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> VideoQABackbone:
+    def train(self, mode: bool = True) -> FrozenBackbone:
         """Switch dropout on only where ``train_dropout`` asks for it."""
         return super().train(mode and self.train_dropout == "official")
 
     @abstractmethod
-    def set_answers(self, answers: Sequence[str]) -> None:
-        """Build the frozen embeddings of the answer vocabulary. Its order is the order of the logits."""
-
-    @abstractmethod
     def collator(self, stage: str) -> Collator:
         """A collator that makes this backbone's batches; ``stage`` is Lightning's (fit, validate, test, predict)."""
-
-    @abstractmethod
-    def forward(self, batch: Batch) -> QAOutput:
-        """Score the answers for one batch with whatever adapters are attached."""
-
-    @property
-    @abstractmethod
-    def routing_widths(self) -> tuple[int, ...]:
-        """Widths N_i of the parts of the routing feature."""
 
     def feature_extractor(self) -> Any:
         """What a feature cache computes per video for this backbone (``encoder``, ``sampling``); None for nothing."""
@@ -84,6 +70,25 @@ class VideoQABackbone(nn.Module, ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Digest of the frozen weights, recorded in every checkpoint that stands on them."""
+
+
+class VideoQABackbone(FrozenBackbone):
+    """A frozen video-language model that scores a fixed list of answers."""
+
+    answers: tuple[str, ...] = ()
+
+    @abstractmethod
+    def set_answers(self, answers: Sequence[str]) -> None:
+        """Build the frozen embeddings of the answer vocabulary. Its order is the order of the logits."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> QAOutput:
+        """Score the answers for one batch with whatever adapters are attached."""
+
+    @property
+    @abstractmethod
+    def routing_widths(self) -> tuple[int, ...]:
+        """Widths N_i of the parts of the routing feature."""
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

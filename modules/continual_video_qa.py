@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -25,13 +26,16 @@ from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.routing.base import Router
 from fulgurite.methods.routing.centroid import CentroidRouter
 from fulgurite.methods.schedules import Schedule
-from fulgurite.metrics.continual_accuracy import ContinualAccuracy, continual_scores
-from fulgurite.metrics.vqa_accuracy import answer_credit
+from fulgurite.metrics.answer_counts import mean_of_known
+from fulgurite.metrics.continual_accuracy import continual_scores
+from fulgurite.modules.adapted import INITIAL
 from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mode_weights
-from fulgurite.modules.video_qa import INITIAL, ParamGroup, VideoQA
+from fulgurite.modules.optimization import ParamGroup
+from fulgurite.modules.sharding import reshard
+from fulgurite.modules.video_qa import VideoQA
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import ContinualTest, sections_of_continual
-from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage
+from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage, batches_within
 
 BEST = "best"
 
@@ -49,7 +53,7 @@ class ContinualVideoQA(VideoQA):
         start_from: a new stage starts from the previous stage's adapters, or from those before any stage.
         selection: what a stage keeps: its ``last`` epoch, or the epoch where the live set alone has the ``best``
             validation accuracy on the stage's domains (strictly greater, as published; needs the DataModule to
-            validate every epoch).
+            validate every epoch). The validation at the end of a stage reports what is kept.
         optimizer: see `VideoQA`.
         schedule: see `VideoQA`.
         param_groups: see `VideoQA`.
@@ -78,6 +82,8 @@ class ContinualVideoQA(VideoQA):
         self.modes = modes or [m for m in MODES if m != "second_router" or second_router is not None]
         if "second_router" in [*self.modes, mode] and second_router is None:
             raise ValueError("mode second_router needs model.init_args.second_router")
+        if mode not in self.modes:
+            raise ValueError(f"mode {mode!r} is not among modes={self.modes}, so `test` could not report it: add it")
 
     @property
     def routers(self) -> list[Router]:
@@ -87,7 +93,7 @@ class ContinualVideoQA(VideoQA):
     def set_names(self, stages: Sequence[Stage]) -> list[str]:
         """``initial``, one set per stage, and the candidate of the stage where the best epoch is kept."""
         names = [INITIAL, *(s.name for s in stages)]
-        names += [BEST] if self.selection == "best" else []
+        names += [BEST] if self.selection == BEST else []
         if len(set(names)) < len(names) or "live" in names:
             raise ValueError(f"stage names must differ and not be initial, live or best; got {names[1:]}")
         return names
@@ -97,7 +103,7 @@ class ContinualVideoQA(VideoQA):
         super().setup(stage)
         if (
             stage == "fit"
-            and self.selection == "best"
+            and self.selection == BEST
             and getattr(self.trainer.datamodule, "validate", "") == "stage_end"
         ):
             raise DataError(
@@ -105,15 +111,24 @@ class ContinualVideoQA(VideoQA):
                 "model.init_args.selection: last"
             )
 
-    def prepare(self, info: DataInfo, stages: Sequence[Stage]) -> None:
-        """Build sets, answers and routers for the data."""
-        fresh = self.info is None
-        super().prepare(info, stages)
-        if fresh:
-            for router in self.routers:
-                router.build(sum(self.backbone.routing_widths), [s.name for s in stages])
-            self.own_stage = own_stages(info, stages)
-            self.best_accuracy = -1.0
+    def build(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """As in the base, and the routers."""
+        super().build(info, stages)
+        for router in self.routers:
+            router.build(sum(self.backbone.routing_widths), [s.name for s in stages])
+        self.own_stage = own_stages(info, stages)
+        self.best_accuracy = -1.0
+
+    def on_train_epoch_start(self) -> None:
+        """As in the base; say where a limit keeps part of a stage's data from the routers."""
+        super().on_train_epoch_start()
+        stage = self.stages[self.stage]
+        seen = batches_within(stage.num_batches, self.trainer.limit_train_batches)
+        if seen < stage.num_batches and self.trainer.current_epoch == self.first_epoch(self.stage):
+            rank_zero_info(
+                f"{stage.name}: the router learns from {seen} of {stage.num_batches} batches "
+                f"(limit_train_batches {self.trainer.limit_train_batches})"
+            )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of the live set; in a stage's first epoch the routers also see the batch."""
@@ -136,47 +151,34 @@ class ContinualVideoQA(VideoQA):
         """Global epoch in which ``stage`` begins."""
         return sum(s.epochs for s in self.stages[:stage])
 
-    @property
-    def selects(self) -> bool:
-        """Whether the present validation decides what the stage keeps."""
-        return self.selection == "best" and self.val_rows_kept
+    def validation_logits(self, batch: Batch) -> dict[str, Tensor]:
+        """Also, where the best epoch is kept, those of the live set alone (``live``) and, at the end of a stage, those
+        with the best earlier epoch in the live set's place (``best``)."""
+        logits = super().validation_logits(batch)
+        if self.selection == BEST and self.val_rows_kept:
+            logits["live"] = self(batch).logits
+            if self.ends_stage and self.best_accuracy >= 0:
+                logits[BEST] = self.evaluation_logits(batch, BEST)
+        return logits
 
-    def on_validation_start(self) -> None:
-        """Another count for the live set alone, where it is judged."""
-        super().on_validation_start()
-        if self.selects:
-            self.live_accuracy = ContinualAccuracy(len(self.evaluated.domains), 0, len(self.evaluated.kinds)).to(
-                self.device
-            )
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count one batch, in the configured mode and where needed with the live set."""
-        if not self.selects:
-            super().validation_step(batch, batch_idx, dataloader_idx)
-            return
-        last = self.stage + 1
-        rows, _ = self.rows(batch, [(self.mode, last), ("last", last)])
-        configured, live = self.mixed_logits(batch, rows)
-        self.count(self.val_accuracy, batch, configured)
-        self.count(self.live_accuracy, batch, live)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the row; keep the live set where it is the stage's best so far."""
-        super().on_validation_epoch_end()
-        if self.selects:
+    def kept_row(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Keep the live set where it is the stage's best so far; the row is that of what the stage keeps."""
+        if "live" in rows:
             columns = [i for i, stage in enumerate(self.own_stage) if stage == self.stage + 1]
-            own = self.live_accuracy.results()["matrix"][0, columns].mean().item()
+            own = rows["live"][columns].mean().item()
             if own > self.best_accuracy:
                 self.best_accuracy = own
-                self.reshard()
+                reshard(self)
                 self.bank.copy("live", BEST)
+                return rows["now"]
+        return rows.get(BEST, rows["now"])
 
     def on_train_epoch_end(self) -> None:
         """At a stage's end its set takes the live values; checkpoints of this epoch are written after this."""
-        if self.trainer.current_epoch + 1 != self.first_epoch(self.stage + 1):
+        if not self.ends_stage:
             return
-        self.reshard()
-        if self.selection == "best":
+        reshard(self)
+        if self.selection == BEST:
             if self.best_accuracy < 0:
                 raise ValueError(
                     f"selection: best had no validation in stage {self.stages[self.stage].name!r}: set the "
@@ -191,11 +193,11 @@ class ContinualVideoQA(VideoQA):
         if self.start_from == INITIAL:
             self.bank.copy(INITIAL, "live")
 
-    def columns(self) -> list[str]:
-        """Adapter sets in the order of mixing weights; the current stage's values are in the live set."""
+    def columns(self, current: str = "live") -> list[str]:
+        """Adapter sets in the order of mixing weights; the current stage's values are in the set ``current``."""
         names = [INITIAL, *(s.name for s in self.stages)]
         if self.stage >= 0:
-            names[self.stage + 1] = "live"
+            names[self.stage + 1] = current
         return names
 
     def rows(self, batch: Batch, wanted: Sequence[tuple[Mode, int]]) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -207,12 +209,12 @@ class ContinualVideoQA(VideoQA):
 
     def own_stages_of(self, batch: Batch) -> Tensor:
         """(B,) the stage (1..T) that trains each sample's domain, 0 where none does."""
-        _, domains, _ = self.targets(batch)
-        return torch.tensor([*own_stages(self.evaluated, self.stages), 0], device=self.device)[domains]
+        own = torch.tensor([*own_stages(self.evaluated, self.stages), 0], device=self.device)
+        return own[self.targets(batch).domains]
 
-    def mixed_logits(self, batch: Batch, rows: Tensor) -> Tensor:
-        """(R, B, A) scores of the rows of weights."""
-        columns = self.columns()
+    def mixed_logits(self, batch: Batch, rows: Tensor, current: str = "live") -> Tensor:
+        """(R, B, A) scores of the rows of weights, with the set ``current`` as the present stage's."""
+        columns = self.columns(current)
         sharded = isinstance(self, FSDPModule)
         return logits_of_rows(
             lambda part, weights: self(part, weights, columns).logits,
@@ -227,104 +229,64 @@ class ContinualVideoQA(VideoQA):
         value = torch.tensor(float(number), device=self.device)
         return int(self.trainer.strategy.reduce(value, reduce_op="max"))
 
-    def evaluation_logits(self, batch: Batch) -> Tensor:
+    def evaluation_logits(self, batch: Batch, current: str = "live") -> Tensor:
         """Scores in the configured mode after the stages trained so far."""
         rows, _ = self.rows(batch, [(self.mode, self.stage + 1)])
-        return self.mixed_logits(batch, rows)[0]
+        return self.mixed_logits(batch, rows, current)[0]
 
     def on_test_start(self) -> None:
-        """Fresh counts: a matrix per mode, a confusion matrix per router, the answers themselves."""
-        self.begin_evaluation("test")
-        shape = len(self.evaluated.domains), self.stage + 1, len(self.evaluated.kinds)
-        self.test_matrix = torch.nn.ModuleDict({m: ContinualAccuracy(*shape) for m in self.modes}).to(self.device)
-        self.test_top10 = ContinualAccuracy(*shape).to(self.device)
+        """Counts per mode over the stages, a confusion matrix per router, the answers themselves."""
+        super().on_test_start()
+        self.test_counts = torch.nn.ModuleDict({m: self.new_counts(self.stage + 1) for m in self.modes})
         size = max(len(self.stages), 2)
         self.confusion = torch.nn.ModuleList(MulticlassConfusionMatrix(size) for _ in self.routers).to(self.device)
-        self.test_answers: list[dict[str, Any]] = []
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Every mode after every trained stage, each distinct mixture computed once."""
         last = self.stage + 1
         wanted = [(m, t) for m in self.modes for t in range(last + 1)]
         rows, features = self.rows(batch, wanted)
-        logits = self.mixed_logits(batch, rows)
-        scores, domains, kinds = self.targets(batch)
-        use = batch["counted"] & (domains >= 0)
-        final: dict[str, Tensor] = {}
-        for (mode, stage), each in zip(wanted, logits):
-            self.test_matrix[mode].update(stage, domains[use], answer_credit(each, scores)[use], kinds[use])
-            if stage == last:
-                final[mode] = each
-                if mode == self.mode:
-                    credit = answer_credit(each, scores, top_k=10)
-                    self.test_top10.update(last, domains[use], credit[use], kinds[use])
+        logits = dict(zip(wanted, self.mixed_logits(batch, rows)))
+        targets = self.targets(batch)
+        for (mode, stage), each in logits.items():
+            self.test_counts[mode].update(stage, each, targets)
         own = self.own_stages_of(batch)
-        routed = use & (own > 0) & (own <= last)
-        if last > 0:
-            for confusion, router in zip(self.confusion, self.routers):
-                confusion.update(router(features, num_models=last).argmax(-1)[routed], own[routed] - 1)
-        self.keep_answers(batch, rows, wanted, final)
+        routed = targets.use & (own > 0) & (own <= last)
+        for confusion, router in zip(self.confusion, self.routers) if last > 0 else ():
+            confusion.update(router(features, num_models=last).argmax(-1)[routed], own[routed] - 1)
+        kept = self.keep_answers(batch, {mode: each for (mode, stage), each in logits.items() if stage == last})
+        weights = rows[wanted.index((self.mode, last))][batch["counted"]]
+        for row, each in zip(kept, weights.tolist()):
+            row["weights"] = self.named_weights(each)
 
-    def keep_answers(
-        self, batch: Batch, rows: Tensor, wanted: Sequence[tuple[Mode, int]], final: dict[str, Tensor]
-    ) -> None:
-        """Per counted sample: what each mode answers in the end, and the mixing weights of the configured mode."""
-        assert self.info is not None
-        mode = self.mode if self.mode in final else self.modes[0]
-        weights = rows[wanted.index((mode, self.stage + 1))]
+    def named_weights(self, weights: Sequence[float]) -> dict[str, float]:
+        """Mixing weights above zero by adapter set."""
         names = [INITIAL, *(s.name for s in self.stages)]
-        best = {m: each.argmax(-1).tolist() for m, each in final.items()}
-        for b in batch["counted"].nonzero().flatten().tolist():
-            self.test_answers.append(
-                {
-                    "id": batch["id"][b],
-                    "domain": batch["domain"][b],
-                    "kind": batch["kind"][b],
-                    "gold": batch["answers"][b],
-                    "answers": {m: self.info.answers[index[b]] for m, index in best.items()},
-                    "weights": {n: round(w, 4) for n, w in zip(names, weights[b].tolist()) if w > 0},
-                }
-            )
+        return {n: round(w, 6) for n, w in zip(names, weights) if w > 0}
 
     def on_test_epoch_end(self) -> None:
-        """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` of the configured one."""
-        columns, last = self.evaluated, self.stage + 1
-        trained = [stage if 0 < stage <= last else None for stage in own_stages(columns, self.stages)]
-        results = {m: metric.results() for m, metric in self.test_matrix.items()}
+        """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` and details of the configured one."""
+        last = self.stage + 1
+        trained = [stage if 0 < stage <= last else None for stage in own_stages(self.evaluated, self.stages)]
+        results = {m: counts.results() for m, counts in self.test_counts.items()}
+        scores = {m: continual_scores(r["matrix"], trained) for m, r in results.items()}
+        confusion = [c.compute() for c in self.confusion]
         self.test_results = {
-            "modes": {
-                m: {
-                    "matrix": r["matrix"].tolist(),
-                    "by_kind": r["by_kind"][-1].tolist(),
-                    **continual_scores(r["matrix"], trained),
-                }
-                for m, r in results.items()
-            },
-            "top10": self.test_top10.results()["matrix"][-1].tolist(),
-            "confusion": [c.compute().tolist() for c in self.confusion],
-            "domains": list(columns.domains),
-            "kinds": list(columns.kinds),
+            "modes": {m: {n: v.tolist() for n, v in r.items()} | scores[m] for m, r in results.items()},
+            "confusion": [c.tolist() for c in confusion],
+            "domains": list(self.evaluated.domains),
+            "kinds": list(self.evaluated.kinds),
             "mode": self.mode,
         }
-        for mode, scores in self.test_results["modes"].items():
-            for name in (
-                "average",
-                "forgetting",
-                "forgetting_own",
-                "backward_transfer",
-                "forward_transfer",
-                "unseen",
-            ):
-                if name in scores:
-                    self.log(f"test/{mode}/{name}", scores[name])
-            for name, value in zip(columns.domains, scores["matrix"][-1]):
+        for mode, result in results.items():
+            for name, value in scores[mode].items():
+                self.log(f"test/{mode}/{name}", value)
+            for name, value in zip(self.evaluated.domains, result["matrix"][-1].tolist()):
                 if value == value:
                     self.log(f"test/{mode}/accuracy/{name}", value)
-        if self.mode in results:
-            row = results[self.mode]["matrix"][-1]
-            self.log("test/accuracy", row[~row.isnan()].mean().float())
-        for name, matrix in zip(("router", "second_router"), self.test_results["confusion"]):
-            counts = torch.tensor(matrix, dtype=torch.float64)
+        self.log("test/accuracy", mean_of_known(results[self.mode]["matrix"][-1]))
+        self.log_details(results[self.mode])
+        for name, counts in zip(("router", "second_router"), confusion):
             if counts.sum() > 0:
                 self.log(f"test/{name}_accuracy", (counts.trace() / counts.sum()).item())
 
@@ -338,9 +300,8 @@ class ContinualVideoQA(VideoQA):
         """Answers with probabilities and the mixing weights by domain, for every counted sample."""
         rows, _ = self.rows(batch, [(self.mode, self.stage + 1)])
         answers = self.answer_rows(batch, self.mixed_logits(batch, rows)[0])
-        names = [INITIAL, *(s.name for s in self.stages)]
         for row, weights in zip(answers, rows[0][batch["counted"]].tolist()):
-            row["weights"] = {n: round(w, 6) for n, w in zip(names, weights) if w > 0}
+            row["weights"] = self.named_weights(weights)
         return answers
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

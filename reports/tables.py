@@ -83,6 +83,20 @@ def mode_values(results: Mapping[str, Any]) -> dict[str, list[float | None]]:
     }
 
 
+def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Any table for the terminal; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.markup import escape as escape_markup
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for column, name in enumerate(header):
+        table.add_column(escape_markup(name), justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*map(escape_markup, row))
+    return table
+
+
 def terminal_table(results: Mapping[str, Any], mode_names: Mapping[str, str]) -> Table:
     """The modes for the terminal: average, forgetting, and each domain, in percent."""
     from rich import box

@@ -16,7 +16,15 @@ from fulgurite.reports.examples import choose, credit, example_html, group_of, o
 from fulgurite.reports.images import img_tag, png_bytes
 from fulgurite.reports.page import Section
 from fulgurite.reports.plots import Panel, bars_figure, confusion_figure, lines_figure, matrices_figure
-from fulgurite.reports.tables import FORGETTING, best_cells, html_table, mode_values, percent, terminal_table
+from fulgurite.reports.tables import (
+    FORGETTING,
+    best_cells,
+    html_table,
+    mode_values,
+    percent,
+    plain_table,
+    terminal_table,
+)
 from fulgurite.reports.uncertainty import sign_test, standard_error, standard_error_of_mean
 from fulgurite.samples import Sample, Stage
 
@@ -36,8 +44,8 @@ class ContinualTest:
     """A test of every mode after every trained stage.
 
     Args:
-        results: ``modes`` (by mode ``matrix`` (T + 1, N), ``by_kind`` (N, kinds), ``average``,
-            ``forgetting``, ...), ``top10`` (N), ``confusion`` (one (T, T) per router), ``domains``,
+        results: ``modes`` (by mode ``matrix`` (T + 1, N), ``by_kind`` (N, kinds), ``top10`` (N),
+            ``speech`` (N), ``average``, ``forgetting``, ...), ``confusion`` (one (T, T) per router), ``domains``,
             ``kinds``, ``mode`` (the configured one).
         answers: every test question once, in any order: ``id``, ``domain``, ``kind``, ``gold`` (score by
             accepted answer), ``answers`` (by mode), ``weights`` (by adapter set).
@@ -218,20 +226,41 @@ def examples_section(test: ContinualTest, number: int = 12) -> Section:
     return Section("Example questions", html)
 
 
-def sections_of_plain(accuracy: Mapping[str, float], samples: Sequence[Sample]) -> list[Section]:
-    """One section on a test without stages or modes.
+def sections_of_plain(results: Mapping[str, Any], samples: Sequence[Sample]) -> list[Section]:
+    """One section on a test without stages or modes, with a table for the terminal.
 
     Args:
-        accuracy: by domain.
+        results: ``domains`` (N names), ``kinds``, ``matrix`` (1, N), ``by_kind`` (N, kinds), ``top10`` (N).
         samples: what was evaluated, to count the questions; may be empty.
     """
-    counts = Counter(s.domain for s in samples)
+    domains, kinds = results["domains"], results["kinds"]
+    of_domain, of_kind = Counter(s.domain for s in samples), Counter((s.domain, s.kind) for s in samples)
     rows = [
-        [name, percent(value), percent(standard_error(value, counts[name])), str(counts[name] or "–")]
-        for name, value in accuracy.items()
+        [
+            domain,
+            percent(value),
+            percent(standard_error(value, of_domain[domain])),
+            percent(best),
+            _number(of_domain[domain]),
+        ]
+        for domain, value, best in zip(domains, results["matrix"][-1], results["top10"])
+        if not math.isnan(value)
     ]
-    table = html_table(["domain", "accuracy, %", "standard error", "questions"], rows)
-    return [Section("Accuracy", table)]
+    header = ["domain", "accuracy, %", "standard error", "among the best ten", "questions"]
+    by_kind = [
+        [domain, kind, percent(value), _number(of_kind[domain, kind])]
+        for domain, row in zip(domains, results["by_kind"])
+        for kind, value in zip(kinds, row)
+        if not math.isnan(value)
+    ]
+    html = html_table(header, rows)
+    if by_kind:
+        html += html_table(["domain", "kind of question", "accuracy, %", "questions"], by_kind, text_columns=[1])
+    return [Section("Accuracy", html, printed=plain_table("Accuracy on test questions", header, rows))]
+
+
+def _number(count: int) -> str:
+    return str(count or "–")
 
 
 def _panel(test: ContinualTest, mode: str) -> Panel:
@@ -272,7 +301,7 @@ def _sampling(test: ContinualTest) -> str:
                 percent(_average_error(test, test.mode)),
                 *(percent(standard_error(p, n)) for p, n in zip(row, test.numbers)),
             ],
-            ["accepted answer among the best ten", "", *map(percent, test.results["top10"])],
+            ["accepted answer among the best ten", "", *map(percent, test.results["modes"][test.mode]["top10"])],
         ],
     )
     return (

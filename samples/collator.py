@@ -31,12 +31,14 @@ class Collator(Protocol):
 
 def sample_fields(samples: Sequence[Sample]) -> Batch:
     """The model-free part of every batch: ``id``, ``domain``, ``kind``, ``answers`` as lists of length B,
-    ``counted`` as (B,) bool."""
+    ``counted`` and
+    ``speech`` (whether it comes with any) as (B,) bool."""
     return {
         "id": [s.id for s in samples],
         "domain": [s.domain for s in samples],
         "kind": [s.kind for s in samples],
         "answers": [dict(s.answers) for s in samples],
+        "speech": torch.tensor([bool(s.speech) for s in samples], dtype=torch.bool),
         "counted": torch.tensor([s.counted for s in samples], dtype=torch.bool),
     }
 

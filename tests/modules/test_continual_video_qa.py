@@ -106,13 +106,13 @@ def test_matrix_of_the_last_adapter_is_what_each_stage_measured(trained, make_mo
     plain.prepare(module.info, module.stages)
     plain.bank.sets["live"].load_state_dict(stopped.bank.sets["live"].state_dict())
     make_trainer().test(plain, datamodule=data, verbose=False)
-    torch.testing.assert_close(torch.tensor(plain.test_accuracy.compute()["matrix"][0].tolist()), matrix[2])
+    torch.testing.assert_close(torch.tensor(plain.test_results["matrix"][0]), matrix[2])
 
 
 def test_every_test_question_is_counted_once_and_answered_by_every_mode(trained, make_trainer):
     module, data = trained["module"], trained["data"]
     make_trainer().test(module, datamodule=data, verbose=False)
-    assert module.test_matrix["dynamic"].count.sum((1, 2)).tolist() == [21.0] * 4
+    assert module.test_counts["dynamic"].accuracy.count.sum((1, 2)).tolist() == [21.0] * 4
     assert len({a["id"] for a in module.test_answers}) == 21
     assert set(module.test_answers[0]["answers"]) == set(module.modes)
     assert sum(sum(row) for row in module.test_results["confusion"][0]) == 21
@@ -152,6 +152,69 @@ def test_best_epoch_is_kept_and_goes_on(make_module, make_data, make_trainer):
     other = make_module(selection="best", lr=0.3, mode="zero_shot")  # what it answers does not change with training
     make_trainer().fit(other, datamodule=make_data(("red", "green"), 4, validate="every_epoch"))
     assert all(same(values(module, name), values(other, name)) for name in ("red", "green"))
+
+
+@pytest.mark.parametrize("mode", ["last", "dynamic"])
+def test_validation_at_the_end_of_a_stage_reports_what_the_stage_keeps(mode, make_module, make_data, make_trainer):
+    """The kept set is the live one after the stage, so a validation of its own must find the same row."""
+
+    class LiveAlone(Callback):
+        """The row that the live set of the last epoch would give."""
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if pl_module.ends_stage:
+                self.row = pl_module.val_counts["now"].accuracy.results()["matrix"][0].tolist()
+
+    module, alone, trainer = make_module(selection="best", lr=0.3, mode=mode), LiveAlone(), make_trainer()
+    trainer.callbacks.append(alone)
+    data = make_data(("red", "green"), 4, validate="every_epoch")
+    trainer.fit(module, datamodule=data)
+    kept = module.val_matrix[2].tolist()
+    assert kept == pytest.approx([trainer.callback_metrics[f"val/accuracy/{d}"].item() for d in ("red", "green")])
+    make_trainer().validate(module, datamodule=data, verbose=False)
+    assert module.val_counts["now"].accuracy.results()["matrix"][0].tolist() == pytest.approx(kept)
+    if mode == "last":
+        assert kept != alone.row
+
+
+def test_the_first_full_validation_also_measures_the_start(trained, make_module, make_data, make_trainer):
+    module, data = trained["module"], trained["data"]
+    assert not module.val_matrix.isnan().any()
+    fresh = make_module(mode="zero_shot")
+    fresh.prepare(module.info, module.stages)
+    make_trainer().validate(fresh, datamodule=data, verbose=False)
+    torch.testing.assert_close(fresh.val_counts["now"].accuracy.results()["matrix"][0], module.val_matrix[0])
+
+
+def test_accuracy_by_kind_and_among_the_best_ten_of_a_plain_module(trained, make_module, make_data, make_trainer):
+    module, data = make_module(VideoQA), make_data()
+    trainer = make_trainer()
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    samples = {s.id: s for s in data.samples("test")}
+    for i, domain in enumerate(module.info.domains):
+        rows = [a for a in module.test_answers if a["domain"] == domain]
+        right = [samples[a["id"]].answers.get(a["answers"]["last"], 0) for a in rows]
+        assert module.test_results["matrix"][0][i] == pytest.approx(sum(right) / len(right))
+        for k, kind in enumerate(module.info.kinds):
+            own = [r for r, a in zip(right, rows) if a["kind"] == kind]
+            assert module.test_results["by_kind"][i][k] == pytest.approx(sum(own) / len(own))
+            assert trainer.callback_metrics[f"test/kind/{domain}/{kind}"].item() == pytest.approx(sum(own) / len(own))
+    assert len(module.info.answers) <= 10
+    assert trainer.callback_metrics["test/top10"].item() == 1
+
+
+def test_the_configured_mode_must_be_tested(make_module):
+    with pytest.raises(ValueError, match=r"'dynamic' is not among modes=\['last'\]"):
+        make_module(modes=["last"])
+
+
+def test_a_limit_on_the_batches_is_named_for_the_router(make_module, make_data, make_trainer, caplog):
+    module = make_module()
+    with caplog.at_level("INFO"):
+        make_trainer(limit_train_batches=1).fit(module, datamodule=make_data(("red", "green"), 1))
+    assert "red: the router learns from 1 of 3 batches" in caplog.text
+    assert module.router.counts.tolist() == [8, 8]
 
 
 def test_best_without_validation_is_an_error(make_module, make_data, make_trainer):

@@ -42,12 +42,12 @@ def continual() -> ContinualTest:
         modes[mode] = {
             "matrix": [[0.1, 0.2], [before, 0.25], final],
             "by_kind": [[0.5, 0.25, math.nan], [0.5, 0.75, math.nan]],
+            "top10": [1.0, 1.0],
             "average": sum(final) / 2,
             "forgetting": before - final[0],
         }
     results = {
         "modes": modes,
-        "top10": [1.0, 1.0],
         "confusion": [[[5, 1], [1, 3]]],
         "domains": list(OUTCOMES),
         "kinds": ["colour", "count", "order"],

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 from fulgurite.reports import Section, render_page
@@ -84,7 +85,18 @@ def test_without_answers_and_samples_the_rest_stands(continual):
     assert "How exact" not in titles["Modes"].html
 
 
-def test_plain_test_has_accuracy_with_its_error(continual):
-    (section,) = sections_of_plain({"red": 0.5, "blue": 0.75}, continual.samples)
-    assert "<tr><td>red</td><td>50.0</td><td>20.4</td><td>6</td></tr>" in section.html
-    assert "<tr><td>blue</td><td>75.0</td><td>21.7</td><td>4</td></tr>" in section.html
+def test_plain_test_has_accuracy_with_its_error_and_by_kind(continual):
+    results = {
+        "domains": ["red", "blue", "green"],
+        "kinds": ["colour", "count"],
+        "matrix": [[0.5, 0.75, math.nan]],
+        "top10": [1.0, 0.8, math.nan],
+        "by_kind": [[0.25, 0.75], [math.nan, 0.6], [math.nan, math.nan]],
+    }
+    (section,) = sections_of_plain(results, continual.samples)
+    assert "<tr><td>red</td><td>50.0</td><td>20.4</td><td>100.0</td><td>6</td></tr>" in section.html
+    assert "<tr><td>blue</td><td>75.0</td><td>21.7</td><td>80.0</td><td>4</td></tr>" in section.html
+    assert "green" not in section.html
+    assert '<tr><td>blue</td><td class="text">count</td><td>60.0</td>' in section.html
+    assert [column.header for column in section.printed.columns][:2] == ["domain", "accuracy, %"]
+    assert section.printed.row_count == 2

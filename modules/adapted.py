@@ -1,0 +1,238 @@
+"""Adapter sets beside a frozen backbone, trained stage by stage: what every such LightningModule shares.
+
+Which sets there are, when a stage begins, and what a checkpoint holds: the *delta* of what trains, over a backbone that
+is named by its digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from fulgurite.backbones.base import FrozenBackbone
+from fulgurite.checkpoints import Manifest, MismatchError
+from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
+from fulgurite.modules.facts import check_epochs, describe_difference, read_facts, require_same_tensors, stage_names
+from fulgurite.modules.optimization import ParamGroup, grouped, steps_of_stages
+from fulgurite.modules.sharding import reshard, shard_blocks
+from fulgurite.samples import Collator, DataInfo, Stage, stage_of
+
+INITIAL = "initial"
+
+
+class AdaptedModule(pl.LightningModule):
+    """One live adapter set, a copy of it before training, and the sets that a subclass adds.
+
+    A subclass says what a batch is for (the steps), and in `build` what else depends on the data.
+
+    Args:
+        backbone: frozen pretrained model.
+        adapters: what trains, and where.
+        optimizer: builds the optimizer from parameter groups.
+        schedule: learning-rate factor within a stage; every stage starts it afresh.
+        param_groups: tensors with their own learning rate; the rest uses the optimizer's.
+    """
+
+    saved_parts: tuple[str, ...] = ("bank",)
+    saved_buffers: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        adapters: list[Placement],
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        param_groups: list[ParamGroup] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.bank = AdapterBank(backbone, adapters)
+        self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
+        self.param_groups = param_groups or []
+        self.info: DataInfo | None = None
+        self.data_info: DataInfo | None = None
+        self.stages: tuple[Stage, ...] = ()
+        self.stage = -1
+
+    def collator(self, stage: str) -> Collator:
+        """The backbone's collator; usable without a trainer."""
+        return self.backbone.collator(stage)
+
+    def feature_extractor(self) -> Any:
+        """What a feature cache computes for this module; None where it needs none."""
+        return self.backbone.feature_extractor()
+
+    def set_names(self, stages: Sequence[Stage]) -> list[str]:
+        """Names of the adapter sets beside the live one, in column order."""
+        return [INITIAL]
+
+    def prepare(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """Build everything whose shape depends on the data. The same call again does nothing.
+
+        Raises:
+            MismatchError: the module is already built for other data.
+        """
+        if self.info is not None:
+            if (info, stage_names(stages)) != (self.info, stage_names(self.stages)):
+                raise MismatchError(describe_difference(self.info, info, self.stages, stages))
+            self.stages = tuple(stages)
+            return
+        for name in self.set_names(stages):
+            if name not in self.bank.names:
+                self.bank.add(name)
+        self.load_initial()
+        self.base_digest = self.backbone.fingerprint  # before a strategy shards or casts the weights
+        self.info, self.stages = info, tuple(stages)
+        self.build(info, self.stages)
+
+    def build(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """What else of the module has a shape that depends on the data; called once for these data."""
+
+    def load_initial(self) -> None:
+        """Give ``initial`` and the live set the same start, the backbone's own adapters where it brings some."""
+        own = self.backbone.initial_adapters()
+        if own is not None:
+            self.bank.load_sites("live", own)
+        self.bank.copy("live", INITIAL)
+
+    def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a new run takes from a checkpoint's tensors: its live set, as the start of this run's sets."""
+        live = {n: t for n, t in tensors.items() if n.startswith("bank.sets.live.")}
+        return {**live, **{n.replace(".live.", f".{INITIAL}.", 1): t for n, t in live.items()}}
+
+    def setup(self, stage: str) -> None:
+        """Build from the DataModule's facts; a checkpoint's own facts win when one is loaded later.
+
+        Questions without a vocabulary, as `predict` may have, leave all to the checkpoint.
+        """
+        datamodule = self.trainer.datamodule
+        self.data_info = datamodule.info()
+        if stage == "fit" or (self.info is None and self.data_info.answers):
+            self.prepare(self.data_info, datamodule.stages())
+
+    def configure_model(self) -> None:
+        """Shard blocks and root under FSDP2; nothing elsewhere."""
+        if self.device_mesh is None or isinstance(self, FSDPModule):
+            return
+        shard_blocks(self, self.backbone, self.backbone.spec, self.device_mesh["data_parallel"])
+
+    def on_train_start(self) -> None:
+        """A resume in the middle of an epoch skips its start."""
+        self.enter_stage()
+
+    def on_train_epoch_start(self) -> None:
+        """Stages begin at epoch starts."""
+        self.enter_stage()
+
+    def enter_stage(self) -> None:
+        """Fresh optimizer state when a stage begins. Idempotent."""
+        stage = stage_of(self.stages, self.trainer.current_epoch)
+        if stage == self.stage:
+            return
+        if self.stage >= 0:
+            reshard(self)
+            self.begin_stage()
+            for optimizer in self.trainer.optimizers:
+                optimizer.state.clear()
+        self.stage = stage
+
+    def begin_stage(self) -> None:
+        """What happens to the live set between two stages: here it simply goes on."""
+
+    def on_fit_start(self) -> None:
+        """Epochs beyond the last stage do not exist."""
+        total, asked = sum(s.epochs for s in self.stages), self.trainer.max_epochs
+        if asked is None or asked < 0 or asked > total:
+            self.trainer.fit_loop.max_epochs = total
+
+    def configure_optimizers(self) -> Any:
+        """The live set alone, with one schedule over the global step restarted at every stage."""
+        named = dict(self.bank.sets["live"].named_parameters())
+        optimizer = self.optimizer(grouped(named, self.param_groups))
+        staged = StagedSchedule(self.schedule, steps_of_stages(self.stages, self.trainer))
+        # A function is left out of checkpoints, an object is not.
+        scheduler = LambdaLR(optimizer, lambda step: staged(step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """The delta alone: `saved_parts` and `saved_buffers`. The frozen backbone is never in it."""
+        reshard(self)
+        out: dict[str, Any] = {}
+        for part in self.saved_parts:
+            module = getattr(self, part, None)
+            if module is not None:
+                module.state_dict(destination=out, prefix=f"{prefix}{part}.", keep_vars=keep_vars)
+        for name in self.saved_buffers if self.info is not None else ():
+            out[prefix + name] = getattr(self, name) if keep_vars else getattr(self, name).detach()
+        return out
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Where ``strict``, over everything that the delta holds; one error lists all differences.
+
+        Raises:
+            MismatchError: a tensor is missing, unknown, or of another shape.
+        """
+        if strict:
+            require_same_tensors(self.state_dict(), state_dict)
+        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what the delta stands on: backbone digest, data facts, stage."""
+        assert self.info is not None
+        checkpoint["fulgurite"] = {
+            **checkpoint.get("fulgurite", {}),
+            "kind": "delta",
+            "base": {"source": type(self.backbone).__name__, "digest": self.base_digest},
+            "info": asdict(self.info),
+            "info_digest": self.info.digest,
+            "stages": [asdict(s) for s in self.stages],
+            "stage": self.stage,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build for the checkpoint's data and refuse another backbone.
+
+        Raises:
+            MismatchError: other vocabulary, domains or backbone than the checkpoint's.
+        """
+        facts = checkpoint["fulgurite"]
+        info, stages = read_facts(facts)
+        if self.trainer.state.fn == "fit":
+            check_epochs(stages, self.stages, facts["stage"])
+        elif info != self.info:
+            self.forget()
+        self.restore(facts)
+        Manifest(kind="delta", base=facts["base"]).require_base(self.base_digest, "the checkpoint")
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Build for the data that a checkpoint's facts describe, at its stage; the tensors come after this.
+
+        Raises:
+            MismatchError: the module is already built for other data.
+        """
+        info, stages = read_facts(facts)
+        own = self.stages if self.info is not None else stages
+        self.prepare(info, stages)
+        self.stages = own
+        self.stage = facts["stage"]
+
+    def forget(self) -> None:
+        """Drop what was built for other data, so that a checkpoint's own facts can be used instead."""
+        if isinstance(self, FSDPModule):
+            raise MismatchError(
+                "this DataModule has other answers or domains than the checkpoint: evaluate on it in one process "
+                "or under ddp, where the model can be rebuilt"
+            )
+        for name in self.set_names(self.stages):
+            if name != INITIAL and name in self.bank.names:
+                self.bank.remove(name)
+        self.info = None
