@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from fulgurite.checkpoints.atomic import write_text
 from fulgurite.datamodules.cache import fill_features
+from fulgurite.datamodules.files import Folder
 from fulgurite.samples import (
     Collator,
     DataError,
@@ -52,6 +54,9 @@ class FulguriteDataModule(LightningDataModule, ABC):
 
     Within a fit the collator is asked of the trainer's module; elsewhere give one with `attach`.
 
+    Subclasses hand the options below on as ``**loading`` (jsonargparse reads them here, so the command line and
+    YAML have them in every subclass, and refuse others).
+
     Args:
         batch_size: samples per training step over all processes together; must divide by their number.
         eval_batch_size: the same for validation, test and prediction; None takes ``batch_size``.
@@ -61,6 +66,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
             counts it and writes it to ``skipped.jsonl`` of the run folder.
         feature_cache: folder of stored frame features, filled at `setup` where some are missing; None
             computes frames in every pass.
+        feature_dtype: of the numbers stored there.
     """
 
     def __init__(
@@ -70,7 +76,8 @@ class FulguriteDataModule(LightningDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         on_bad: Literal["error", "skip"] = "error",
-        feature_cache: Path | None = None,
+        feature_cache: Folder | None = None,
+        feature_dtype: Literal["float16", "float32"] = "float16",
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}
@@ -84,11 +91,18 @@ class FulguriteDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.on_bad = on_bad
-        self.feature_cache = feature_cache
+        self.feature_cache = None if feature_cache is None else Path(feature_cache).absolute()
+        self.feature_dtype: Literal["float16", "float32"] = feature_dtype
         self.skipped: list[dict[str, str]] = []
         self.filtered: Counter[tuple[str, str]] = Counter()
         self._collators: dict[str, Collator] = {}
         self._splits: dict[Split, list[Sample]] = {}
+        self.stage = ""
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of this class with their values, to build another DataModule that loads alike."""
+        return {name: getattr(self, name) for name in inspect.signature(FulguriteDataModule).parameters}
 
     @abstractmethod
     def read(self, split: Split) -> list[Sample]:
@@ -96,7 +110,12 @@ class FulguriteDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def info(self) -> DataInfo:
-        """Vocabulary, domains and kinds. Reads files if need be; needs no trainer."""
+        """Vocabulary, domains and kinds, for ``self.stage``: what `setup` was called for last, empty before.
+        Reads files if need be; needs no trainer."""
+
+    def place(self, split: Split) -> str:
+        """Where the samples of ``split`` come from, for messages."""
+        return f"{type(self).__name__}, split {split!r}"
 
     def stages(self) -> list[Stage]:
         """One stage over the whole training split, as long as the trainer says.
@@ -121,11 +140,11 @@ class FulguriteDataModule(LightningDataModule, ABC):
             kept = []
             for sample in self.read(split):
                 name = (sample.domain, sample.id)
-                with self.skipping(split, sample.domain, f"{type(self).__name__}, id {sample.id}"):
+                with self.skipping(split, sample.domain, f"{self.place(split)}, id {sample.id}"):
                     if name in seen:
                         raise DataError(
-                            f"{type(self).__name__}, split {split}: the id {sample.id!r} occurs twice in "
-                            f"{sample.domain!r}; ids must be unique"
+                            f"{self.place(split)}: the id {sample.id!r} occurs twice in {sample.domain!r}; ids must "
+                            "be unique"
                         )
                     kept.append(sample)
                 seen.add(name)
@@ -139,7 +158,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
             yield
         except DataError as error:
             if self.on_bad == "error":
-                raise DataError(f"{error}. To leave such samples out, set on_bad to skip") from error
+                raise DataError(f"{error}. To leave such samples out: --data.on_bad skip") from error
             self.skipped.append({"split": split, "domain": domain, "where": where, "reason": str(error)})
 
     def within_vocabulary(
@@ -165,7 +184,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
                 with self.skipping(split, sample.domain, f"{source}, id {sample.id}"):
                     raise DataError(
                         f"{source}: the answer {best!r} of {sample.id!r} is outside the vocabulary; add it, "
-                        "or set unknown_answers to keep, which counts it as wrong"
+                        "or set --data.unknown_answers keep, which counts it as wrong"
                     )
         return kept
 
@@ -175,14 +194,16 @@ class FulguriteDataModule(LightningDataModule, ABC):
         self._collators = dict.fromkeys(SPLITS_OF_STAGE, collator)
 
     def setup(self, stage: str) -> None:
-        """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that
-        all fit.
+        """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that all fit.
+
+        The test after a fit is left out where the data have no test questions.
 
         Raises:
-            DataError: a field that the module needs is not filled; unusable rows or videos where ``on_bad``
-            is
-                ``"error"``; an option of the trainer that would spoil the batches.
+            DataError: a field that the module needs is not filled; unusable rows or videos where ``on_bad`` is
+                ``"error"``; nothing to train on or to evaluate; an option of the trainer that would spoil the batches.
         """
+        fitted = self.stage == "fit"
+        stage = self.stage = TrainerFn(stage).value
         if self.trainer is None and stage not in self._collators:
             raise DataError(f"{type(self).__name__}: no trainer and no collator; call attach(collator) first")
         owner = "the attached collator"
@@ -196,8 +217,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
             collator = self._collator(split)
             check_picklable(collator)
             samples = self._usable(split, collator)
-            if not samples and split == SPLITS_OF_STAGE[stage][0]:
-                raise DataError(f"{type(self).__name__} has no samples in its split {split!r}, needed to {stage}")
+            if not samples and fitted and stage == "test":
+                rank_zero_info(f"{self.place(split)}: no samples, so there is no test after the fit")
+            elif not samples and split == SPLITS_OF_STAGE[stage][0]:
+                raise DataError(f"{self.place(split)}: no samples to {stage} with")
             check_fields(samples, collator, type(self).__name__, owner)
             self._splits[split] = samples
             self._log_counts(split, samples)
@@ -214,9 +237,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
         samples = self.samples("val")
         return self.loader("val", samples) if samples else []
 
-    def test_dataloader(self) -> ResumableLoader:
-        """In the order of the data."""
-        return self.loader("test", self.samples("test"))
+    def test_dataloader(self) -> ResumableLoader | list[ResumableLoader]:
+        """In the order of the data; an empty list after a fit on data without test questions."""
+        samples = self.samples("test")
+        return self.loader("test", samples) if samples else []
 
     def predict_dataloader(self) -> DataLoader:
         """In the order of the data. A plain loader: Lightning builds it anew to follow the indices."""

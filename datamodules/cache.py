@@ -30,7 +30,7 @@ def fill_features(
     the same samples. Samples without a video stay as they are.
     """
     encoder, sampling = extractor.encoder, extractor.sampling
-    store = FeatureStore(data.feature_cache)
+    store = FeatureStore(data.feature_cache, data.feature_dtype)
     trainer = data.trainer
     videos = list(dict.fromkeys(s.video for s in samples if s.video is not None))
     home = next(encoder.parameters()).device

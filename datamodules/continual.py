@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -21,18 +20,14 @@ class ContinualDataModule(FulguriteDataModule):
     all domains in one loader; a sample's domain is there for metrics only. Ids become ``domain/id``.
 
     Args:
-        domains: the data sets. The loading options below hold for all of them.
+        domains: the data sets. The loading options below hold for all of them; one may have a ``feature_cache``
+            of its own.
         epochs_per_domain: epochs of each stage, one number or one per domain; of the one stage where
             ``joint``.
         joint: train on all domains together in one stage.
         validate: ``"stage_end"`` validates (all domains) after a stage only, ``"every_epoch"`` also its own
             domains in between.
-        batch_size: see `FulguriteDataModule`.
-        eval_batch_size: see `FulguriteDataModule`.
-        num_workers: see `FulguriteDataModule`.
-        seed: see `FulguriteDataModule`.
-        on_bad: see `FulguriteDataModule`.
-        feature_cache: see `FulguriteDataModule`.
+        loading: the options of `FulguriteDataModule`; the command line lists them one by one.
     """
 
     def __init__(
@@ -41,14 +36,9 @@ class ContinualDataModule(FulguriteDataModule):
         epochs_per_domain: int | list[int],
         joint: bool = False,
         validate: Literal["stage_end", "every_epoch"] = "stage_end",
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_bad: Literal["error", "skip"] = "error",
-        feature_cache: Path | None = None,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, on_bad, feature_cache)
+        super().__init__(**loading)
         if not domains:
             raise DataError("domains is empty: name at least one data set")
         stages = 1 if joint else len(domains)
@@ -60,7 +50,8 @@ class ContinualDataModule(FulguriteDataModule):
         self.joint = joint
         self.validate = validate
         for domain in domains:
-            domain.on_bad = on_bad
+            domain.on_bad = self.on_bad
+            domain.feature_cache = domain.feature_cache or self.feature_cache
             domain.skipped = self.skipped
             domain.filtered = self.filtered
         self._info: DataInfo | None = None

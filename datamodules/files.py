@@ -8,7 +8,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jsonargparse.typing import register_type
+
 from fulgurite.samples import DataError
+
+
+class Folder(type(Path())):
+    """A path in a config. Relative to the working directory, and written absolute into the config of a run, so that
+    this holds from everywhere.
+    """
+
+
+# Not made absolute when read: a parser reads a config file with that file's folder as its working directory.
+register_type(Folder, lambda path: str(path.absolute()), Folder)
+
+
+def require_root(root: Path) -> None:
+    """Raise `DataError` where the folder of the data is not there, with the option that names it."""
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; the data are looked for there, set --data.root")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -34,7 +52,9 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the file: {error.strerror}") from error
+        raise DataError(
+            f"{path}: cannot read the file: {error.strerror}; it is looked for below --data.root"
+        ) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

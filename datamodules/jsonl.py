@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
-from fulgurite.datamodules.files import read_jsonl, read_vocabulary
+from fulgurite.datamodules.files import Folder, read_jsonl, read_vocabulary, require_root
 from fulgurite.samples import DataError, DataInfo, Sample, Video
+
+FILES: dict[Split, Path] = {
+    "train": Path("train.jsonl"),
+    "val": Path("val.jsonl"),
+    "test": Path("test.jsonl"),
+    "predict": Path("questions.jsonl"),
+}
 
 
 class JsonlDataModule(FulguriteDataModule):
@@ -18,89 +25,90 @@ class JsonlDataModule(FulguriteDataModule):
     (else the line number), ``answer`` or ``answers`` (a list, or an object of answers and scores), ``kind``,
     ``speech``, ``options``.
 
+    A file that has its default name here may be missing: the folder then has no such split. Test and prediction
+    read their own file alone; what the answers are is left to the checkpoint, or to ``vocabulary``.
+
     Args:
         root: folder that the paths below are relative to.
         train: file of training questions, or None.
         val: file of validation questions, or None.
         test: file of test questions, or None.
-        predict: file of questions without known answers; None takes the test file.
+        predict: file of questions without known answers; None, or a missing one, takes the test file.
         media: folder of the videos, relative to ``root``.
         domain: name of this data set.
         vocabulary: JSON list of the answers to choose from, relative to ``root``; None takes all answers of
             the training file, sorted.
         unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts
-            it as wrong, ``"error"`` stops. Training questions outside a given vocabulary are filtered and
-            counted.
-        batch_size: see `FulguriteDataModule`.
-        eval_batch_size: see `FulguriteDataModule`.
-        num_workers: see `FulguriteDataModule`.
-        seed: see `FulguriteDataModule`.
-        on_bad: see `FulguriteDataModule`.
-        feature_cache: see `FulguriteDataModule`.
+            it as wrong, ``"error"`` stops (a test then reads the training file too). Training questions outside
+            a given vocabulary are filtered and counted.
+        loading: the options of `FulguriteDataModule`; the command line lists them one by one.
     """
 
     def __init__(
         self,
-        root: Path,
-        train: Path | None = None,
-        val: Path | None = None,
-        test: Path | None = None,
-        predict: Path | None = None,
+        root: Folder,
+        train: Path | None = FILES["train"],
+        val: Path | None = FILES["val"],
+        test: Path | None = FILES["test"],
+        predict: Path | None = FILES["predict"],
         media: Path = Path("."),
         domain: str = "own",
         vocabulary: Path | None = None,
         unknown_answers: Literal["keep", "error"] = "keep",
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_bad: Literal["error", "skip"] = "error",
-        feature_cache: Path | None = None,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, on_bad, feature_cache)
-        self.root = Path(root)
-        self.files: dict[Split, Path | None] = {
-            "train": train,
-            "val": val,
-            "test": test,
-            "predict": predict or test,
-        }
+        super().__init__(**loading)
+        self.root = Path(root).absolute()
+        self.files: dict[Split, Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
         self.media = self.root / media
         self.domain = domain
         self.vocabulary = vocabulary
         self.unknown_answers = unknown_answers
-        self._info: DataInfo | None = None
-        self._read: dict[Split, list[Sample]] = {}
+        self._rows: dict[Split, list[Sample]] = {}
 
     def info(self) -> DataInfo:
-        """The domain, its answers (empty without training file and vocabulary) and its kinds, sorted."""
-        if self._info is None:
-            rows = {split: self._rows(split) for split in ("train", "val", "test", "predict")}
-            kinds = {s.kind for samples in rows.values() for s in samples if s.kind is not None}
-            self._info = DataInfo((self.domain,), self._answers(rows["train"]), tuple(sorted(kinds)))
-        return self._info
+        """The domain, its answers (empty where they are left to the checkpoint) and the kinds of what is read."""
+        alone = self.stage in ("test", "predict")
+        splits = (self.stage,) if alone else ("train", "val", "test")
+        kinds = {s.kind for split in splits for s in self.rows(split) if s.kind is not None}
+        return DataInfo((self.domain,), self._answers(alone), tuple(sorted(kinds)))
 
     def read(self, split: Split) -> list[Sample]:
         """The questions of ``split``; answers outside the vocabulary are treated as the options say."""
         known = set(self.info().answers)
-        samples = self._rows(split)
+        samples = self.rows(split)
         if split == "predict" or not known:
             return samples
-        return self.within_vocabulary(samples, known, split, self.unknown_answers, str(self.files[split]))
+        return self.within_vocabulary(samples, known, split, self.unknown_answers, self.place(split))
 
-    def _answers(self, train: list[Sample]) -> tuple[str, ...]:
+    def place(self, split: Split) -> str:
+        """The file, or the one that could be there."""
+        path = self.path(split)
+        return str(path) if path is not None else f"{self.root / FILES[split]} (no such file, or left out)"
+
+    def path(self, split: Split) -> Path | None:
+        """The file of ``split``; None where the folder has none."""
+        name = self.files[split]
+        if name is not None and (name != FILES[split] or (self.root / name).exists()):
+            return self.root / name
+        return self.path("test") if split == "predict" else None
+
+    def _answers(self, alone: bool) -> tuple[str, ...]:
         if self.vocabulary is not None:
             return read_vocabulary(self.root / self.vocabulary)
-        return tuple(sorted({answer for s in train for answer in s.answers}))
+        if alone and "train" not in self._rows and self.unknown_answers == "keep":
+            return ()
+        return tuple(sorted({answer for s in self.rows("train") for answer in s.answers}))
 
-    def _rows(self, split: Split) -> list[Sample]:
-        if split not in self._read:
-            file = self.files[split]
-            self._read[split] = [] if file is None else self._file(split, file)
-        return self._read[split]
+    def rows(self, split: Split) -> list[Sample]:
+        """All questions of a file, whatever their answers, read once."""
+        if split not in self._rows:
+            require_root(self.root)
+            path = self.path(split)
+            self._rows[split] = [] if path is None else self._file(split, path)
+        return self._rows[split]
 
-    def _file(self, split: Split, file: Path) -> list[Sample]:
-        path = self.root / file
+    def _file(self, split: Split, path: Path) -> list[Sample]:
         samples = []
         for number, row in read_jsonl(path):
             where = f"{path}, line {number}"
@@ -113,13 +121,16 @@ class JsonlDataModule(FulguriteDataModule):
             raise DataError(f"{where}: the key 'video' is missing or empty")
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
-            raise DataError(f"{where}: the question is missing or empty")
+            raise DataError(f"{where}: the key 'question' is missing or empty")
         for key, kind in (("kind", str), ("speech", str), ("options", list)):
             if row.get(key) is not None and not isinstance(row[key], kind):
                 raise DataError(f"{where}: the key {key!r} must be a {kind.__name__}, got {row[key]!r}")
         answers = _scores(row, where)
         if answered and not answers:
-            raise DataError(f"{where}: no answer; questions without answers belong in the file given as 'predict'")
+            raise DataError(
+                f"{where}: the key 'answer' is missing; questions without answers belong in the file given as "
+                "--data.predict"
+            )
         return Sample(
             id=str(row.get("id", number)),
             domain=self.domain,
@@ -146,7 +157,7 @@ def _scores(row: Mapping[str, Any], where: str) -> dict[str, float]:
     elif isinstance(given, list):
         scores = dict.fromkeys((str(answer) for answer in given), 1.0)
     else:
-        raise DataError(f"{where}: 'answer' must be a text, a list, or an object of scores, got {given!r}")
+        raise DataError(f"{where}: the key 'answer' must be a text, a list, or an object of scores, got {given!r}")
     if any(not answer.strip() for answer in scores):
-        raise DataError(f"{where}: an answer is empty")
+        raise DataError(f"{where}: the key 'answer' holds an empty answer")
     return {answer.strip(): score for answer, score in scores.items()}

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from fulgurite.checkpoints.errors import CheckpointError
 from fulgurite.checkpoints.unpickle import load_pickle
 from fulgurite.datamodules.base import FulguriteDataModule, Split
-from fulgurite.datamodules.files import read_text, read_vocabulary
+from fulgurite.datamodules.files import Folder, read_text, read_vocabulary, require_root
 from fulgurite.samples import DataError, DataInfo, Sample, Video
 from fulgurite.samples.features import FeatureReader, StoredFeatures
 from fulgurite.samples.foreign import foreign_features
@@ -87,17 +87,13 @@ class VideoQADataModule(FulguriteDataModule):
             the test split, as published.
         unknown_answers: what an answer outside the vocabulary does in validation and test: ``"keep"`` counts
             it as wrong, ``"error"`` stops.
-        batch_size: see `FulguriteDataModule`.
-        eval_batch_size: see `FulguriteDataModule`.
-        num_workers: see `FulguriteDataModule`.
-        seed: see `FulguriteDataModule`.
-        on_bad: see `FulguriteDataModule`.
-        feature_cache: see `FulguriteDataModule`; also takes the converted form of ``features_file``.
+        loading: the options of `FulguriteDataModule`; the command line lists them one by one.
+            ``feature_cache`` also takes the converted form of ``features_file``.
     """
 
     def __init__(
         self,
-        root: Path,
+        root: Folder,
         dataset: Literal["ivqa", "msvd", "msrvtt", "lsmdc", "activitynet", "tgif"],
         vocabulary: Path | None = None,
         features_file: Path | None = Path("clipvitl14.pth"),
@@ -109,22 +105,17 @@ class VideoQADataModule(FulguriteDataModule):
         subtitles: Path | None = Path("subtitles.pkl"),
         held_out: float = 0.1,
         unknown_answers: Literal["keep", "error"] = "keep",
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
-        on_bad: Literal["error", "skip"] = "error",
-        feature_cache: Path | None = None,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, on_bad, feature_cache)
+        super().__init__(**loading)
         if features_file is None and videos is None:
             raise DataError("Give features_file, or the folder of the video files as videos")
         if not 0 <= held_out < 1:
             raise DataError(f"held_out={held_out} must be a share of the training videos, from 0 up to below 1")
         self.dataset = dataset
         self.layout = LAYOUTS[dataset]
-        self.folder = Path(root) / self.layout.folder
-        self.vocabulary = self.folder / "vocab1000.json" if vocabulary is None else Path(root) / vocabulary
+        self.folder = Path(root).absolute() / self.layout.folder
+        self.vocabulary = self.folder / "vocab1000.json" if vocabulary is None else Path(root).absolute() / vocabulary
         self.features_file = features_file
         self.features_name = features_name
         self.feature_width = feature_width
@@ -136,6 +127,7 @@ class VideoQADataModule(FulguriteDataModule):
         self.unknown_answers = unknown_answers
         self._reader: FeatureReader | None = None
         self._speech: dict[str, str] | None = None
+        self._to_divide: list[tuple[str, Sample]] | None = None
 
     def prepare_data(self) -> None:
         """Convert the feature file, once, on one process."""
@@ -143,6 +135,7 @@ class VideoQADataModule(FulguriteDataModule):
 
     def info(self) -> DataInfo:
         """The set's name, the vocabulary in the order of its file, the set's question types."""
+        require_root(self.folder)
         return DataInfo((self.dataset,), read_vocabulary(self.vocabulary), self.layout.types)
 
     def read(self, split: Split) -> list[Sample]:
@@ -157,7 +150,9 @@ class VideoQADataModule(FulguriteDataModule):
     def _split(self, split: Split) -> list[Sample]:
         layout = self.layout
         if layout.val is None and split in ("train", "val") and self.held_out > 0:
-            rows = list(self._rows(layout.train, split))
+            if self._to_divide is None:  # both splits come out of one file: its bad rows count once
+                self._to_divide = list(self._rows(layout.train, "train"))
+            rows = self._to_divide
             videos = sorted({name for name, _ in rows})
             apart = set(random.Random(0).sample(videos, max(1, int(self.held_out * len(videos)))))
             return [sample for name, sample in rows if (name in apart) == (split == "val")]
@@ -212,6 +207,11 @@ class VideoQADataModule(FulguriteDataModule):
     def _features(self) -> FeatureReader | None:
         if self._reader is None and self.features_file is not None:
             path = self.folder / self.features_file
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: no such file of features; set --data.features_file (null, with --data.videos, "
+                    "takes frames) or --data.root"
+                )
             self._reader = foreign_features(path, self.feature_width, self.feature_cache)
         return self._reader
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fulgurite.datamodules.jsonl import JsonlDataModule
-from fulgurite.samples import DataError
+from fulgurite.samples import DataError, DataInfo
 
 FILES = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
 
@@ -78,9 +78,9 @@ GOOD = {"video": "0.mp4", "question": "q?", "answer": "a0"}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**GOOD, "question": "  "}, r"train\.jsonl, line 8.*question"),
+        ({**GOOD, "question": "  "}, r"train\.jsonl, line 8.*'question'"),
         ({"question": "q?", "answer": "a"}, r"line 8.*'video'"),
-        ({"video": "0.mp4", "question": "q?"}, r"line 8.*no answer.*predict"),
+        ({"video": "0.mp4", "question": "q?"}, r"line 8.*'answer' is missing.*--data\.predict"),
         ({**GOOD, "answer": 3}, r"line 8.*'answer'"),
         ({**GOOD, "answer": ""}, r"line 8.*empty"),
         ({**GOOD, "id": "2"}, r"'2' occurs twice"),
@@ -88,7 +88,7 @@ GOOD = {"video": "0.mp4", "question": "q?", "answer": "a0"}
 )
 def test_a_bad_row_stops_or_is_skipped(folder, row, message):
     append(folder, "train", row)
-    with pytest.raises(DataError, match=message + r".*on_bad"):
+    with pytest.raises(DataError, match=message + r".*--data\.on_bad skip"):
         data(folder).samples("train")
     module = data(folder, on_bad="skip")
     assert len(module.samples("train")) == 7
@@ -106,7 +106,7 @@ def test_a_bad_file_always_stops(folder, line, message):
 
 
 def test_missing_file_and_vocabulary(folder):
-    with pytest.raises(DataError, match=r"none\.jsonl"):
+    with pytest.raises(DataError, match=r"none\.jsonl.*--data\.root"):
         data(folder, train="none.jsonl").samples("train")
     for content, message in (
         ("[]", "list"),
@@ -117,6 +117,61 @@ def test_missing_file_and_vocabulary(folder):
         (folder / "a" / "v.json").write_text(content)
         with pytest.raises(DataError, match=message):
             data(folder, vocabulary="v.json").info()
+
+
+@pytest.mark.parametrize(("stage", "split"), [("predict", "predict"), ("test", "test")])
+def test_an_evaluation_reads_its_own_file_alone(folder, trainer, watcher, stage, split):
+    """Broken files beside it do not matter, and nor does it if there are none; answers are the checkpoint's."""
+    home = folder / "a"
+    (home / "test.jsonl").rename(home / "asked.jsonl")
+    for other in ("train", "val", "test", "questions"):
+        (home / f"{other}.jsonl").write_text("{broken")
+    module = JsonlDataModule(home, domain="a", **{split: "asked.jsonl"})
+    getattr(trainer(), stage)(watcher, datamodule=module)
+    assert module.info() == DataInfo(("a",), (), ("kind a",))
+    assert [s.id for s in module.samples(split)] == ["1", "2", "3", "4", "5"]
+    for other in ("train", "val", "test", "questions"):
+        (home / f"{other}.jsonl").unlink()
+    getattr(trainer(), stage)(watcher, datamodule=JsonlDataModule(home, **{split: "asked.jsonl"}))
+    assert watcher.ids("test") == (["1", "2", "3", "4", "5"] * 2 if stage == "test" else [])
+
+
+def test_a_given_vocabulary_holds_in_evaluations(folder, trainer, watcher):
+    (folder / "a" / "v.json").write_text('["a1", "both"]')
+    module = JsonlDataModule(folder / "a", vocabulary="v.json")
+    trainer().test(watcher, datamodule=module)
+    assert module.info().answers == ("a1", "both")
+    strict = JsonlDataModule(folder / "a", unknown_answers="error")
+    append(folder, "test", {**GOOD, "answer": "never seen"})
+    with pytest.raises(DataError, match=r"'never seen'.*outside the vocabulary.*--data\.unknown_answers keep"):
+        trainer().test(watcher, datamodule=strict)
+
+
+def test_files_of_default_names_may_be_missing(folder, trainer, watcher, caplog):
+    home = folder / "a"
+    module = JsonlDataModule(home, domain="a")
+    assert [len(module.samples(split)) for split in ("train", "val", "test", "predict")] == [7, 3, 5, 5]
+    for name in ("val", "test"):
+        (home / f"{name}.jsonl").unlink()
+    module, t = JsonlDataModule(home, domain="a", batch_size=2), trainer()
+    t.fit(watcher, datamodule=module)
+    assert watcher.ids("train")
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        t.test(watcher, datamodule=module)  # as after a fit
+    assert "test.jsonl (no such file, or left out): no samples, so there is no test after the fit" in caplog.text
+    assert not watcher.ids("val") + watcher.ids("test")
+    for stage in ("validate", "test", "predict"):
+        with pytest.raises(DataError, match=rf"{home}.*no such file.*no samples to {stage} with"):
+            getattr(trainer(), stage)(watcher, datamodule=JsonlDataModule(home, domain="a"))
+    (home / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"train\.jsonl.*: no samples to fit with"):
+        trainer().fit(watcher, datamodule=JsonlDataModule(home, domain="a"))
+
+
+def test_a_wrong_root_names_its_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"{tmp_path}/nowhere: no such folder.*--data\.root"):
+        JsonlDataModule("nowhere").info()
 
 
 def test_vocabulary_object_gives_the_order(folder):

@@ -20,7 +20,7 @@ def root(official):
 
 def test_one_stage_per_set_in_the_given_order_over_one_vocabulary(root):
     options = {"features_file": None, "videos": Path("videos"), "subtitles": None}
-    data = SixDomains(root, Path("all.json"), ["tgif", "msvd"], held_out=0.25, epochs_per_domain=[3, 2], **options)
+    data = SixDomains(["tgif", "msvd"], Path("all.json"), [3, 2], root=root, held_out=0.25, **options)
     assert data.info().domains == ("tgif", "msvd")
     assert data.info().answers == ("cat", "dog")
     assert [(s.name, s.epochs) for s in data.stages()] == [("tgif", 3), ("msvd", 2)]
@@ -34,7 +34,7 @@ def test_one_stage_per_set_in_the_given_order_over_one_vocabulary(root):
 
 
 def test_the_published_order_is_the_default_and_unknown_sets_are_named(tmp_path):
-    assert [d.dataset for d in SixDomains(tmp_path).domains] == [
+    assert [d.dataset for d in SixDomains(root=tmp_path).domains] == [
         "ivqa",
         "msvd",
         "msrvtt",
@@ -43,4 +43,14 @@ def test_the_published_order_is_the_default_and_unknown_sets_are_named(tmp_path)
         "tgif",
     ]
     with pytest.raises(DataError, match=r"\['how2qa'\].*'tgif'"):
-        SixDomains(tmp_path, datasets=["how2qa"])
+        SixDomains(["how2qa"], root=tmp_path)
+    with pytest.raises(DataError, match=r"datasets is empty"):
+        SixDomains([], root=tmp_path)
+
+
+def test_loading_options_reach_the_stream_and_its_sets(tmp_path):
+    options = {"batch_size": 6, "num_workers": 1, "seed": 3, "on_bad": "skip", "feature_dtype": "float32"}
+    data = SixDomains(root=tmp_path, feature_cache=tmp_path / "cache", **options)
+    for each in (data, *data.domains):
+        assert {name: getattr(each, name) for name in options} == options
+        assert each.feature_cache == tmp_path / "cache"

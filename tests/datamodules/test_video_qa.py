@@ -104,6 +104,27 @@ def test_tgif_holds_out_whole_videos(official):
     assert len(published.samples("val")) == 1
 
 
+def test_a_bad_row_of_a_divided_file_counts_once(official):
+    rows = [row(f"gif{i}", "what runs", "dog") for i in range(10)] + [row("gif3", " ", "dog")]
+    test = [row("other", "what runs", "dog")]
+    features = {f"gif{i}": torch.zeros(1, 768) for i in range(10)} | {"other": torch.zeros(1, 768)}
+    root = official("TGIF-QA", {"train_frameqa.csv": rows, "test_frameqa.csv": test}, features)
+    data = VideoQADataModule(root, "tgif", held_out=0.2, on_bad="skip")
+    assert (len(data.samples("val")), len(data.samples("train"))) == (2, 8)
+    assert [(s["split"], s["where"].rpartition(", ")[2]) for s in data.skipped] == [("train", "line 12")]
+
+
+def test_missing_folders_and_files_name_their_option(msvd, tmp_path):
+    with pytest.raises(DataError, match=r"MSVD-QA: no such folder.*--data\.root"):
+        VideoQADataModule(tmp_path / "nowhere", "msvd").info()
+    root = msvd()
+    with pytest.raises(DataError, match=r"other\.pth: no such file of features.*--data\.features_file"):
+        VideoQADataModule(root, "msvd", features_file="other.pth").samples("train")
+    (root / "MSVD-QA" / "train.csv").unlink()
+    with pytest.raises(DataError, match=r"train\.csv.*--data\.root"):
+        VideoQADataModule(root, "msvd").samples("train")
+
+
 def test_raw_videos_instead_of_features(msvd):
     root = msvd(features=None)
     data = VideoQADataModule(root, "msvd", features_file=None, videos="video", video_suffix=".avi")

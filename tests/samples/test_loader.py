@@ -100,3 +100,8 @@ def test_what_workers_draw_is_a_function_of_the_epoch():
     first, same, other = (run(make(workers=2), epoch) for epoch in (1, 1, 2))
     assert first == same
     assert {noise for _, noise in first}.isdisjoint(noise for _, noise in other)
+
+
+def test_a_batch_says_which_samples_come_with_speech():
+    samples = [Sample(id=str(i), domain="a", speech=speech) for i, speech in enumerate(("a dog barks", None, ""))]
+    assert sample_fields(samples)["speech"].tolist() == [True, False, False]
