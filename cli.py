@@ -3,8 +3,8 @@ same.
 
 Nothing heavy is imported before a command is chosen, so ``--help`` and ``--version`` answer at once.
 
-Exit codes: 0 done; 2 bad config or bad input (one message on stderr); 143 ended by SIGTERM, during ``fit``
-with a checkpoint written; 130 ended by Ctrl-C; 1 any other error, with its traceback.
+Exit codes: 0 done; 2 bad config or bad input (one message on stderr); 130, 138 or 143 ended by SIGINT (Ctrl-C),
+SIGUSR1 or SIGTERM, a ``fit`` that trains with a checkpoint written; 1 any other error, with its traceback.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ exit codes:
   0    done
   1    another error, with its traceback
   2    bad config or bad input, one message on stderr
-  130  ended by Ctrl-C
-  143  ended by SIGTERM; fit has written a checkpoint before"""
+  130  ended by Ctrl-C (SIGINT)
+  138  ended by SIGUSR1
+  143  ended by SIGTERM
+       a fit that trains has written checkpoints/last before; after a second Ctrl-C it has not"""
 
 
 def help_text() -> str:

@@ -21,8 +21,8 @@ class MetricsCSV(Logger):
     """Writes every logged metric into ``<folder>/metrics.csv``; columns in the order of their first
     appearance.
 
-    A resumed run keeps the rows of the earlier part and drops those from the first step it logs again, so
-    that no step appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is
+    A resumed run keeps the rows of the earlier part up to the first step that it logs, and of that step those with
+    other metrics, so that nothing appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is
     replaced at most every ten seconds, with every checkpoint and at the end, so a reader always finds a complete
     file and a killed run loses no row that its checkpoint stands on. Only rank 0 writes.
     """
@@ -31,6 +31,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.folder = Path(folder)
         self.rows: list[dict[str, Any]] | None = None
+        self.first_step = 0
         self.written_at = 0.0
 
     @property
@@ -57,7 +58,11 @@ class MetricsCSV(Logger):
         """Add a row."""
         step = 0 if step is None else step
         if self.rows is None:
-            self.rows = [row for row in read_rows(self.folder / "metrics.csv") if int(row["step"]) < step]
+            self.rows = [row for row in read_rows(self.folder / "metrics.csv") if int(row["step"]) <= step]
+            self.first_step = step
+        if step == self.first_step:
+            again = metrics.keys() - {"epoch"}
+            self.rows = [row for row in self.rows if int(row["step"]) < step or not again & row.keys()]
         self.rows.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
 
     @rank_zero_only

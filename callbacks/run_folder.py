@@ -11,13 +11,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
-from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.checkpoints import write_json, write_text
-from fulgurite.checkpoints.runs import CHECKPOINTS
 
 
 class RunFolder(Callback):
@@ -71,19 +68,6 @@ class RunFolder(Callback):
         """Write the metrics of ``validate``; the validation inside a fit is left to ``on_fit_end``."""
         if trainer.state.fn == "validate":
             self._write_metrics(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write ``checkpoints/last`` when a fit is ended by SIGTERM; all ranks get here between the same
-        batches.
-        """
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.fast_dev_run:
-            publisher = next((c for c in trainer.callbacks if isinstance(c, PublishedCheckpoint)), None)
-            if publisher is not None:
-                path = publisher.publish_now(trainer)
-            else:
-                path = self.path / CHECKPOINTS / "last"
-                trainer.save_checkpoint(path, weights_only=False)
-            rank_zero_info(f"SIGTERM: step {trainer.global_step} is saved in {path}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the metrics of ``test``, beside those of the fit that it followed."""

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 LIMIT = 1800  # bytes of one message; with the prefix it stays under 2 kB
 
-DONE, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 2, 130, 143
+DONE, BAD_INPUT, SIGNALLED = 0, 2, 128
+INTERRUPTED = SIGNALLED + 2  # a second Ctrl-C, without a checkpoint
 
 
 class ConfigError(ValueError):

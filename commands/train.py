@@ -13,7 +13,8 @@ import warnings
 
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from fulgurite.commands.errors import DONE, INTERRUPTED, TERMINATED
+from fulgurite.callbacks.interruption import Interruption
+from fulgurite.commands.errors import DONE, INTERRUPTED, SIGNALLED
 from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
@@ -56,15 +57,16 @@ def no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def execute(cli: TrainCLI) -> int:
-    """Run the Trainer; signals become exit codes."""
+    """Run the Trainer; a signal becomes the exit code 128 + its number."""
     trainer, before = cli.trainer, os.environ.get(FOLDER_VARIABLE)
+    (interruption,) = (c for c in trainer.callbacks if isinstance(c, Interruption))
     os.environ[FOLDER_VARIABLE] = str(cli.folder)
     try:
         getattr(trainer, cli.invocation.command)(**cli.method_arguments())
-        if not trainer.received_sigterm and cli.invocation.command == "fit" and cli.config.test_after_fit:
+        if not interruption.received and cli.invocation.command == "fit" and cli.config.test_after_fit:
             trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     except SIGTERMException:
-        return TERMINATED
+        return SIGNALLED + interruption.received
     except SystemExit as ended:
         if trainer.interrupted and ended.code == 1:  # what the Trainer makes of Ctrl-C
             return INTERRUPTED
@@ -74,4 +76,4 @@ def execute(cli: TrainCLI) -> int:
             del os.environ[FOLDER_VARIABLE]
         else:
             os.environ[FOLDER_VARIABLE] = before
-    return TERMINATED if trainer.received_sigterm else DONE
+    return SIGNALLED + interruption.received if interruption.received else DONE

@@ -18,7 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from fulgurite import __version__
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.callbacks.gradients import AccumulatedGradients
 from fulgurite.callbacks.init_from import InitialWeights
+from fulgurite.callbacks.interruption import Interruption
 from fulgurite.callbacks.metrics_csv import MetricsCSV
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.rng import RandomStates
@@ -149,7 +151,8 @@ class TrainCLI(LightningCLI):
         settings["plugins"] = as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
             settings["plugins"].append(DigestCheckpointIO())
-        callbacks = [RunFolder(self.folder, self.written()), RandomStates(), *as_list(settings["callbacks"])]
+        ours = [RunFolder(self.folder, self.written()), RandomStates(), AccumulatedGradients(), Interruption()]
+        callbacks = [*ours, *as_list(settings["callbacks"])]
         if self.invocation.command in ("fit", "test") and not any(isinstance(c, Report) for c in callbacks):
             callbacks.append(Report(self.config.experiment))
         if self.invocation.command == "fit":

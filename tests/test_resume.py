@@ -181,6 +181,47 @@ def test_stopped_by_sigterm_and_by_max_steps(whole, cli, monkeypatch, tmp_path):
     assert metrics(run) == metrics(whole)
 
 
+SELECTING = ("--data.init_args.validate", "every_epoch", "--model.init_args.selection", "best")
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "options"),
+    [
+        ("validation_step", 4, ()),
+        ("validation_step", 2, SELECTING),  # the first epoch of a stage, whose only validation this is
+        ("validation_step", 4, SELECTING),
+        ("training_step", 1, ("--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "6")),
+    ],
+    ids=["validation", "best, in a stage", "best, at its end", "accumulation"],
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_stopped_inside_a_validation_or_a_window(number, hook, step, options, cli, monkeypatch, tmp_path):
+    """The first of several batches gets the signal; the resumed run does the whole validation, or keeps the sum."""
+    from fulgurite.modules.continual_video_qa import ContinualVideoQA
+
+    if number != signal.SIGTERM and hook == "validation_step" and step == 2:
+        pytest.skip("one signal is enough here")
+    options = (*options, "--data.init_args.eval_batch_size", "4", "--trainer.num_sanity_val_steps", "0")
+    run, real, sent = tmp_path / "run", getattr(ContinualVideoQA, hook), []
+
+    def stop(self, batch, batch_idx, *more):
+        out = real(self, batch, batch_idx, *more)
+        if self.trainer.global_step == step and not sent:
+            sent.append(batch_idx)
+            os.kill(os.getpid(), number)
+        return out
+
+    assert cli("fit", *options, "--run", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(ContinualVideoQA, hook, stop)
+        assert cli("fit", *options, "--run", run) == 128 + number
+    assert state(run)["global_step"] == step
+    assert not (run / "results.json").exists()
+    assert cli("fit", *options, "--run", run, "--resume", "auto") == 0
+    assert_same_end(run, tmp_path / "whole")
+    assert metrics(run) == metrics(tmp_path / "whole")
+
+
 def test_a_complete_run_trains_no_further(whole, cli, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -25,6 +25,23 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path):
     assert float(rows[-1]["b"]) == 1
 
 
+def test_a_run_stopped_in_a_validation_keeps_the_training_row_of_that_step(tmp_path):
+    first = MetricsCSV(tmp_path)
+    first.log_metrics({"loss": 1.0, "epoch": 0}, 3)
+    first.log_metrics({"val": 0.5, "epoch": 0}, 3)
+    first.finalize("failed")
+    second = MetricsCSV(tmp_path)
+    second.log_metrics({"val": 0.25, "epoch": 0}, 3)
+    second.log_metrics({"other": 7, "epoch": 0}, 3)
+    second.finalize("success")
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert [{k: float(v) for k, v in row.items() if k not in ("step", "epoch")} for row in rows] == [
+        {"loss": 1.0},
+        {"val": 0.25},
+        {"other": 7.0},
+    ]
+
+
 def test_writes_are_rare_and_whole(tmp_path):
     logger = MetricsCSV(tmp_path)
     logger.written_at = float("inf")
