@@ -16,6 +16,7 @@ from fulgurite.checkpoints import (
     DamagedError,
     load_document,
     load_tensors,
+    naming_another,
     read_manifest,
     remove,
     save_checkpoint_folder,
@@ -61,11 +62,13 @@ class DigestCheckpointIO(CheckpointIO):
         """The checkpoint as it was saved, on the CPU, after every byte has been checked.
 
         ``map_location`` and ``weights_only`` change nothing: tensors are mapped from the file, and nothing
-        else than plain values can be in it. Raises `CheckpointError`.
+        else than plain values can be in it. Raises `CheckpointError`; about damage, it names the newest good
+        checkpoint beside this one.
         """
-        manifest = read_manifest(path)
-        checkpoint = load_document(path, "state")
-        weights = load_tensors(path, "weights")
+        with naming_another(path):
+            manifest = read_manifest(path)
+            checkpoint = load_document(path, "state")
+            weights = load_tensors(path, "weights")
         try:
             checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], weights)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -11,9 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from fulgurite.callbacks.checkpoint_io import METRICS_KEY
+from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
 from fulgurite.checkpoints import remove_leftovers
-from fulgurite.checkpoints.runs import CHECKPOINTS
+from fulgurite.checkpoints.runs import ADAPTERS, ARTEFACTS, CHECKPOINTS
+from fulgurite.methods.adapters.bank import AdapterBank
 
 PublishedHook = Callable[[pl.Trainer, pl.LightningModule, Path], None]
 
@@ -30,7 +31,7 @@ class PublishedCheckpoint(ModelCheckpoint):
     Once a folder is complete, ``on_checkpoint_published(trainer, pl_module, path)`` of every callback that
     has it, and every hook given to `subscribe`, is called on all ranks, once per step (``last`` repeats the
     step of the folder before it). The current metrics go into the manifest. At the start of a fit rank 0
-    clears what a crashed run left half-written. Arguments not listed mean the same as Lightning's.
+    clears what a crashed run left half-written in its folder. Arguments not listed mean the same as Lightning's.
 
     Args:
         dirpath: ``<default_root_dir>/checkpoints`` unless given; the command line makes that the run folder.
@@ -89,7 +90,9 @@ class PublishedCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir, CHECKPOINTS).absolute())
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
-            remove_leftovers(self.dirpath)
+            run = Path(trainer.default_root_dir)
+            for folder in (self.dirpath, run, run / ADAPTERS, run / ARTEFACTS):
+                remove_leftovers(folder)
         trainer.strategy.barrier("published checkpoints")
 
     def publish_now(self, trainer: pl.Trainer, name: str = "last") -> Path:
@@ -144,7 +147,8 @@ class PublishedCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Hand the current metrics to the manifest."""
+        """Hand the current metrics and the size of the model to the manifest."""
+        checkpoint.setdefault(MANIFEST_KEY, {})["parameters"] = parameters_of(pl_module)
         checkpoint[METRICS_KEY] = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
@@ -159,3 +163,16 @@ class PublishedCheckpoint(ModelCheckpoint):
         listeners = (getattr(callback, "on_checkpoint_published", None) for callback in trainer.callbacks)
         for hook in [*filter(None, listeners), *self._hooks]:
             hook(trainer, trainer.lightning_module, Path(filepath))
+
+
+def parameters_of(module: pl.LightningModule) -> dict[str, int]:
+    """Parameters that are ``trained``, and those of the ``model`` without the frozen copies in a bank of adapters."""
+    bank = getattr(module, "bank", None)
+    if isinstance(bank, AdapterBank):
+        report = bank.report()
+        return {"trained": report.num_parameters, "model": report.num_model_parameters}
+    parameters = list(module.parameters())
+    return {
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "model": sum(p.numel() for p in parameters),
+    }

@@ -11,14 +11,14 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch import strategies
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
 from fulgurite.checkpoints import MismatchError
+from fulgurite.modules.sharding import reshard
 
 
 class ModelParallelStrategy(strategies.ModelParallelStrategy):
@@ -115,13 +115,6 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
                 for index, entry in saved["state"].items()
             }
             optimizer.load_state_dict({**saved, "state": state})
-
-
-def reshard(module: nn.Module) -> None:
-    """Put every FSDP2 unit back to slices; after a validation some still hold whole parameters."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
 
 
 @torch.no_grad()

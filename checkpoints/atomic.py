@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fulgurite.checkpoints.digest import FileRecord, digest_of_bytes
 from fulgurite.checkpoints.errors import CheckpointError, WriteError
+from fulgurite.checkpoints.listing import LISTING_NAME, encode_listing, read_listing, with_version
 
 FOLDER_FAULT_POINTS = (
     "opened",
@@ -33,7 +35,18 @@ FOLDER_FAULT_POINTS = (
     "parent_synced",
     "old_deleted",
 )
-FILE_FAULT_POINTS = ("file_opened", "file_written", "file_synced", "file_renamed", "file_parent_synced")
+FILE_FAULT_POINTS = (
+    "file_opened",
+    "file_written",
+    "file_synced",
+    "list_opened",
+    "list_written",
+    "list_synced",
+    "list_renamed",
+    "list_parent_synced",
+    "file_renamed",
+    "file_parent_synced",
+)
 _TEMPORARY = re.compile(r"^\..+\.tmp-(\d+)-[0-9a-f]{8}$")
 _OLD = re.compile(r"^\.(.+)\.old$")
 _ADVICE = {
@@ -88,27 +101,42 @@ def reading(path: Path) -> Iterator[None]:
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Put ``data`` at ``path``: after a crash the file holds the old or the new bytes, never a mixture.
 
-    Missing parent folders are made. Raises `WriteError`.
+    The folder's ``digests.json`` gets the digest before the file does, so `audit` knows both versions. Missing
+    parent folders are made. One process writes to a folder at a time. Raises `WriteError`, and `DamagedError`
+    where the folder's list is damaged.
     """
     path = Path(path)
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
-        try:
-            with open(temporary, "xb") as file:
-                fault("file_opened")
-                file.write(data)
-                fault("file_written")
-                file.flush()
-                os.fsync(file.fileno())
-            fault("file_synced")
-            os.replace(temporary, path)
-            fault("file_renamed")
-            _sync_folder(path.parent)
-            fault("file_parent_synced")
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        listing = with_version(read_listing(path.parent), path, FileRecord(len(data), digest_of_bytes(data)))
+        with _staged(path, data, "file") as put_file:
+            with _staged(path.with_name(LISTING_NAME), encode_listing(listing), "list") as put_list:
+                put_list()
+            put_file()
+
+
+@contextmanager
+def _staged(path: Path, data: bytes, what: str) -> Iterator[Callable[[], None]]:
+    """``data`` synced under a temporary name; the function given renames it to ``path``."""
+    temporary = _temporary(path)
+
+    def put() -> None:
+        os.replace(temporary, path)
+        fault(f"{what}_renamed")
+        _sync_folder(path.parent)
+        fault(f"{what}_parent_synced")
+
+    try:
+        with open(temporary, "xb") as file:
+            fault(f"{what}_opened")
+            file.write(data)
+            fault(f"{what}_written")
+            file.flush()
+            os.fsync(file.fileno())
+        fault(f"{what}_synced")
+        yield put
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -203,6 +231,12 @@ def remove_leftovers(folder: str | Path) -> list[Path]:
 def is_leftover(path: Path) -> bool:
     """Whether ``path`` has the name of a temporary or replaced version rather than of a published one."""
     return bool(_TEMPORARY.match(path.name) or _OLD.match(path.name))
+
+
+def published(path: Path) -> str | None:
+    """The name that a leftover ``.<name>.old`` had, None for any other path."""
+    match = _OLD.match(path.name)
+    return match[1] if match else None
 
 
 def _swap_in(temporary: Path, path: Path) -> None:

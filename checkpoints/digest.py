@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from torch import Tensor
 DEFAULT = "xxh3_128"
 _ALGORITHMS: dict[str, Callable[[], Any]] = {DEFAULT: xxhash.xxh3_128, "sha256": hashlib.sha256}
 _CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and digest of one file."""
+
+    bytes: int
+    digest: str
 
 
 class Digest:

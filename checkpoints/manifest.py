@@ -7,7 +7,6 @@ change in the manifest is found as surely as one in a tensor.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -15,22 +14,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fulgurite.checkpoints.atomic import naming, reading, resolve
-from fulgurite.checkpoints.digest import algorithm_of, digest_of_bytes
+from fulgurite.checkpoints.digest import FileRecord, algorithm_of, digest_of_bytes
 from fulgurite.checkpoints.errors import (
     CheckpointError,
-    DamagedError,
     MismatchError,
     MissingError,
     RefusedError,
 )
-from fulgurite.checkpoints.tensorfile import FileRecord, TensorRecord
+from fulgurite.checkpoints.signed import body_of, open_signed, sign
+from fulgurite.checkpoints.tensorfile import TensorRecord
 from fulgurite.checkpoints.treejson import join, split
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 _FREE = ("structure", "settings", "metrics", "facts")
 Kind = Literal["delta", "self-contained"]
-_TAIL = re.compile(rb'\n  "digest": "([a-z0-9_]+:[0-9a-f]+)"\n\}\n\Z')
 
 
 @dataclass
@@ -92,7 +90,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest`` into a folder that is being built."""
     path = folder / MANIFEST_NAME
     with naming(path):
-        path.write_bytes(_signed(_body(manifest)))
+        path.write_bytes(sign(_body(manifest)))
 
 
 def read_manifest(path: str | Path) -> Manifest:
@@ -106,7 +104,7 @@ def read_manifest(path: str | Path) -> Manifest:
         raise MissingError(_missing(Path(path)))
     with reading(file):
         data = file.read_bytes()
-    value = _checked_json(file, data)
+    value = open_signed(file, data, "A manifest must not be edited by hand.")
     version = value.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
@@ -130,37 +128,14 @@ def _body(manifest: Manifest) -> bytes:
         value[name], tensors = split(value[name], name)
         if tensors:
             raise RefusedError(f"{next(iter(tensors))} is a tensor; the manifest takes numbers and text only")
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    return text.removesuffix("\n}").encode() + b","
-
-
-def _signed(body: bytes) -> bytes:
-    return body + f'\n  "digest": "{digest_of_bytes(body)}"\n}}\n'.encode()
-
-
-def _checked_json(file: Path, data: bytes) -> dict[str, Any]:
-    tail = _TAIL.search(data)
-    body = data[: tail.start()] if tail else b""
-    if not tail or _signed(body) != data:
-        found = digest_of_bytes(body) if tail else "no digest"
-        expected = tail[1].decode() if tail else "a digest as last entry"
-        raise DamagedError(
-            f"{file} is damaged: expected {expected}, found {found}. Take another checkpoint of the run; "
-            f"a manifest must not be edited by hand."
-        )
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file} is damaged: {error}") from error
-    del value["digest"]
-    return value
+    return body_of(value)
 
 
 def _missing(path: Path) -> str:
     if path.is_file():
         return f"{path} is a file; a checkpoint of fulgurite is a folder with a {MANIFEST_NAME} in it."
     if path.is_dir():
-        return f"{path} is no checkpoint: it has no {MANIFEST_NAME}. Take another checkpoint."
+        return f"{path} is no checkpoint: it has no {MANIFEST_NAME}."
     return f"no checkpoint at {path}: the folder does not exist."
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from fulgurite.checkpoints.atomic import is_leftover, naming, resolve
-from fulgurite.checkpoints.errors import CheckpointError, MissingError
+from fulgurite.checkpoints.atomic import is_leftover, naming, published, resolve
+from fulgurite.checkpoints.errors import CheckpointError, DamagedError, MissingError
 from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
+from fulgurite.checkpoints.store import verify
 
 CHECKPOINTS = "checkpoints"
 ADAPTERS = "adapters"
@@ -41,21 +44,13 @@ def list_checkpoints(run: str | Path) -> list[tuple[Path, Manifest]]:
     """All checkpoints of a run with a sound manifest, oldest first; tensors are not read.
 
     A replace that a crash interrupted counts with its old version. Raises `CheckpointError` for a damaged
-    manifest, naming the newest checkpoint whose manifest is sound.
+    manifest, naming the newest good checkpoint.
     """
-    found, damaged = [], []
+    found = []
     for path in sorted(_candidates(Path(run, CHECKPOINTS))):
-        try:
+        with naming_another(path):
             found.append((path, read_manifest(path)))
-        except MissingError:
-            continue
-        except CheckpointError as error:
-            damaged.append(error)
-    found.sort(key=lambda pair: pair[1].created)
-    if damaged:
-        good = f"The newest with a sound manifest is {found[-1][0]}." if found else "There is no other checkpoint."
-        raise type(damaged[0])(f"{damaged[0]} {good}")
-    return found
+    return sorted(found, key=lambda pair: pair[1].created)
 
 
 def newest_checkpoint(run: str | Path) -> Path | None:
@@ -64,14 +59,42 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     return found[-1][0] if found else None
 
 
+def newest_good(folder: str | Path, but: str | Path | None = None) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint directly in ``folder`` of which every byte is sound, or None.
+
+    Reads whole checkpoints, newest first, until one is good. ``but`` is passed over.
+    """
+    found = []
+    for path in _candidates(Path(folder)):
+        try:
+            found.append((path, read_manifest(path)))
+        except CheckpointError:
+            continue
+    found.sort(key=lambda pair: (pair[1].created, pair[0].name), reverse=True)
+    return next((pair for pair in found if pair[0] != but and verify(pair[0]).ok), None)
+
+
+@contextmanager
+def naming_another(path: str | Path) -> Iterator[None]:
+    """Let an error about damage of the checkpoint ``path`` end with the checkpoint to take instead of it."""
+    try:
+        yield
+    except (DamagedError, MissingError) as error:
+        path = Path(path)
+        if not resolve(path).exists():
+            raise
+        good = newest_good(path.parent, but=path)
+        if good is None:
+            advice = f"There is no other good checkpoint in {path.parent}."
+        else:
+            step = good[1].facts.get("global_step")
+            advice = f"The newest good checkpoint beside it is {good[0]}{'' if step is None else f' (step {step})'}."
+        raise type(error)(f"{error} {advice}") from error
+
+
 def _candidates(folder: Path) -> set[Path]:
     """Names under which a checkpoint can be read, whether published or left aside by a crash."""
     if not folder.is_dir():
         return set()
-    names = set()
-    for entry in folder.iterdir():
-        name = entry.name.removeprefix(".").removesuffix(".old") if is_leftover(entry) else entry.name
-        path = folder / name
-        if not is_leftover(entry) or resolve(path) == entry:
-            names.add(path)
-    return {path for path in names if (resolve(path) / MANIFEST_NAME).is_file()}
+    names = (folder / (published(entry) or entry.name) for entry in folder.iterdir())
+    return {path for path in names if not is_leftover(path) and (resolve(path) / MANIFEST_NAME).is_file()}

@@ -11,17 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from fulgurite.checkpoints.atomic import fault, naming, publish_folder, resolve
-from fulgurite.checkpoints.digest import DEFAULT, digest_of_bytes
+from fulgurite.checkpoints.digest import DEFAULT, FileRecord, digest_of_bytes
 from fulgurite.checkpoints.errors import CheckpointError, DamagedError, MissingError, RefusedError
 from fulgurite.checkpoints.manifest import (
     MANIFEST_NAME,
-    FileRecord,
     Kind,
     Manifest,
     is_inside,
     read_manifest,
     write_manifest,
 )
+from fulgurite.checkpoints.software import software
 from fulgurite.checkpoints.tensorfile import check_file, check_size, check_tensor, read_tensors, write_tensors
 from fulgurite.checkpoints.treejson import join, split
 
@@ -50,7 +50,7 @@ def save_checkpoint_folder(
         documents: name to value. ``"state"`` becomes ``state.json`` (numbers, strings, lists, tuples, dicts,
             None); its tensors, if any, go to ``state.safetensors``. A name with a suffix, such as
             ``"README.md"``, takes a string and is written as it is.
-        kind, base, structure, parents, settings, metrics, facts: see `Manifest`.
+        kind, base, structure, parents, settings, metrics, facts: see `Manifest`; the facts get `software`.
         algorithm: of the digests; ``"sha256"`` where an adversary is thought of.
 
     Raises:
@@ -64,7 +64,7 @@ def save_checkpoint_folder(
         parents=[dict(parent) for parent in parents],
         settings=dict(settings or {}),
         metrics=dict(metrics or {}),
-        facts=dict(facts or {}),
+        facts={"software": software(), **(facts or {})},
     )
     manifest.check()
     states, texts = dict(tensors), {}
@@ -139,16 +139,19 @@ class Report:
     Args:
         path: the checkpoint.
         manifest: None if it could not be read.
-        checked: names of the files found good.
-        problems: one text per damaged file or tensor; empty for a good checkpoint.
+        files: what is wrong with each file, a text per damaged tensor or for the whole file; nothing for a good one.
         extra: files in the folder that the manifest does not list; they are never read.
     """
 
     path: Path
     manifest: Manifest | None = None
-    checked: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    files: dict[str, list[str]] = field(default_factory=dict)
     extra: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """All that is wrong; empty for a good checkpoint."""
+        return [problem for problems in self.files.values() for problem in problems]
 
     @property
     def ok(self) -> bool:
@@ -162,18 +165,19 @@ def verify(path: str | Path) -> Report:
     try:
         report.manifest = manifest = read_manifest(path)
     except CheckpointError as error:
-        report.problems.append(str(error))
+        report.files[MANIFEST_NAME] = [str(error)]
         return report
+    report.files[MANIFEST_NAME] = []
     for name, record in manifest.files.items():
         try:
             check_file(folder / name, record)
             if name in manifest.tensors:
                 read_tensors(folder / name, manifest.tensors[name], verify=False)
-            report.checked.append(name)
+            report.files[name] = []
         except DamagedError as error:
-            report.problems += _damaged_tensors(folder / name, manifest, name) or [str(error)]
+            report.files[name] = _damaged_tensors(folder / name, manifest, name) or [str(error)]
         except CheckpointError as error:
-            report.problems.append(str(error))
+            report.files[name] = [str(error)]
     known = {MANIFEST_NAME, *manifest.files}
     found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     report.extra = sorted(set(found) - known)

@@ -21,6 +21,7 @@ from fulgurite.checkpoints.atomic import fault, naming, reading
 from fulgurite.checkpoints.digest import (
     DEFAULT,
     Digest,
+    FileRecord,
     algorithm_of,
     digest_of_bytes,
     digest_of_tensor,
@@ -47,14 +48,6 @@ _CODES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size in bytes and digest of one file."""
-
-    bytes: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -135,10 +128,7 @@ def check_tensor(path: Path, name: str, tensor: Tensor, record: TensorRecord) ->
     """Raise `DamagedError` unless the elements of ``tensor`` have the recorded digest."""
     found = digest_of_tensor(tensor, algorithm_of(record.digest))
     if found != record.digest:
-        raise DamagedError(
-            f"{path} is damaged: tensor {name!r} has digest {found}, expected {record.digest}. "
-            f"Take another checkpoint of the run."
-        )
+        raise DamagedError(f"{path} is damaged: tensor {name!r} has digest {found}, expected {record.digest}.")
 
 
 def check_file(path: Path, record: FileRecord) -> None:
@@ -151,20 +141,16 @@ def check_file(path: Path, record: FileRecord) -> None:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
                 found = digest_of_bytes(view, algorithm_of(record.digest))
     if found != record.digest:
-        raise DamagedError(
-            f"{path} is damaged: digest {found}, expected {record.digest}. Take another checkpoint of the run."
-        )
+        raise DamagedError(f"{path} is damaged: digest {found}, expected {record.digest}.")
 
 
 def check_size(path: Path, record: FileRecord) -> None:
     """Raise unless ``path`` is a plain file (no link) of the recorded size."""
     if path.is_symlink() or not path.is_file():
         what = "is a link" if path.is_symlink() else "is missing"
-        raise MissingError(f"{path} {what}, but the manifest lists it as a file. Take another checkpoint of the run.")
+        raise MissingError(f"{path} {what}, but the manifest lists it as a file.")
     if (size := path.stat().st_size) != record.bytes:
-        raise DamagedError(
-            f"{path} is damaged: {size} bytes, expected {record.bytes}. Take another checkpoint of the run."
-        )
+        raise DamagedError(f"{path} is damaged: {size} bytes, expected {record.bytes}.")
 
 
 def check_storable(name: str, tensor: object) -> None:
@@ -217,6 +203,6 @@ def _restore(tensor: Tensor, record: TensorRecord, path: Path, name: str) -> Ten
     if tensor.dtype != dtype or list(tensor.shape) != record.shape:
         raise DamagedError(
             f"{path} is damaged: tensor {name!r} is {dtype_name(tensor.dtype)} {list(tensor.shape)}, "
-            f"expected {record.dtype} {record.shape}. Take another checkpoint of the run."
+            f"expected {record.dtype} {record.shape}."
         )
     return tensor

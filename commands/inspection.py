@@ -1,52 +1,225 @@
-"""``inspect PATH``: print what a checkpoint holds and where it came from, from its manifest alone."""
+"""``inspect PATH``: print what checkpoints hold and where they came from, from their manifests alone."""
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from fulgurite.commands.errors import DONE
+import yaml
+
+from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.plain import PlainParser
-from fulgurite.commands.verify import folders_at
+from fulgurite.commands.tables import console, plain_table, size_text
+
+if TYPE_CHECKING:
+    from fulgurite.checkpoints import Manifest
+
+STATE = "state.safetensors"  # of optimizer and loops, no part of the model
+SHARD = "shard-"
+Entry = tuple[Path, "Manifest"]
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Print the manifest as text, or as JSON. Tensors are not read; ``verify`` checks them."""
-    parser = PlainParser(prog="fulgurite inspect", description="Print what a checkpoint holds.")
-    parser.add_argument("path", type=Path, help="checkpoint, artefact or run folder")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", action="store_true", help="print the whole manifest as JSON")
+    """Print tables for a person, or JSON for a machine. Tensors are not read; ``verify`` checks them."""
+    parser = PlainParser(
+        prog="fulgurite inspect", description="Print what checkpoints, runs, adapters and feature stores hold."
+    )
+    parser.add_argument("path", type=Path, help="checkpoint, adapters, run, folder of runs, or feature store")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor of a checkpoint")
+    parser.add_argument("--settings", action="store_true", help="print the settings that a checkpoint was made with")
+    parser.add_argument(
+        "--json", action="store_true", help="one object for a checkpoint, a list of them for any other folder"
+    )
     options = parser.parse_args(argv)
-    from fulgurite.checkpoints import read_manifest
+    from fulgurite.checkpoints import digested_folders, read_manifest
+    from fulgurite.checkpoints.runs import CHECKPOINTS
 
-    for folder in folders_at(options.path):
-        manifest = read_manifest(folder)
-        if options.json:
-            print(json.dumps(asdict(manifest), indent=2, ensure_ascii=False))
-        else:
-            print("\n".join(_lines(folder, asdict(manifest), options.tensors)))
+    entries = [(folder, read_manifest(folder)) for folder in digested_folders(options.path)]
+    if not entries:
+        there = "holds no folder with a manifest.json" if options.path.exists() else "no such folder"
+        raise ConfigError(f"{options.path}: {there}; give a run, a checkpoint, adapters or a feature store")
+    single = entries[0][0] == options.path
+    if options.json:
+        described = [describe(*entry) for entry in entries]
+        print(json.dumps(described[0] if single else described, indent=2, ensure_ascii=False))
+        return DONE
+    if not single:
+        print_overview(options.path, entries)
+        print_metrics("metrics at the end of the run", final_metrics(options.path))
+    shown = entries if single else [entry for entry in entries if entry[0].parent.name == CHECKPOINTS]
+    if shown:
+        print_details(*max(shown, key=lambda entry: entry[1].created), options.tensors, options.settings)
     return DONE
 
 
-def _lines(folder: Path, manifest: dict, every_tensor: bool) -> list[str]:
-    base = manifest["base"]
-    lines = [
-        f"{folder}",
-        f"  written   {manifest['created']}",
-        f"  kind      {manifest['kind']}" + (f" on {base.get('source')} ({base.get('digest')})" if base else ""),
-        *(f"  parent    {parent.get('path')} ({parent.get('digest')})" for parent in manifest["parents"]),
-    ]
-    for name, record in manifest["files"].items():
-        tensors = manifest["tensors"].get(name)
-        count = sum(math.prod(tensor["shape"]) for tensor in tensors.values()) if tensors else 0
-        held = f", {len(tensors)} tensors, {count:,} numbers" if tensors else ""
-        lines.append(f"  file      {name}: {record['bytes']:,} bytes{held}")
-        for tensor, described in (tensors or {}).items() if every_tensor else ():
-            lines.append(f"              {tensor}: {described['dtype']} {described['shape']}")
-    for part in ("settings", "metrics", "facts", "structure"):
-        for key, value in manifest[part].items():
-            text = json.dumps(value, ensure_ascii=False)
-            lines.append(f"  {part:<9} {key}: {text if len(text) <= 120 else text[:117] + '...'}")
-    return lines
+def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """The manifest as it is stored, with its path and the size of each set of the model."""
+    from fulgurite.checkpoints import MANIFEST_NAME
+    from fulgurite.checkpoints.atomic import resolve
+
+    stored = json.loads((resolve(folder) / MANIFEST_NAME).read_bytes())
+    return {"path": str(folder), "sets": sets_of(manifest), **stored}
+
+
+def sets_of(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """``tensors``, ``parameters`` and ``bytes`` of each adapter set and of each other part of the model."""
+    sizes: dict[str, dict[str, int]] = {}
+    for file, records in manifest.tensors.items():
+        for name, record in records.items() if file != STATE else ():
+            head = name.split(".")
+            part = head[2] if head[:2] == ["bank", "sets"] else manifest.facts.get("set", head[0])
+            row = sizes.setdefault(part, {"tensors": 0, "parameters": 0, "bytes": 0})
+            row["tensors"] += 1
+            row["parameters"] += math.prod(record.shape)
+            row["bytes"] += math.prod(record.shape) * _itemsize(record.dtype)
+    return sizes
+
+
+def print_overview(root: Path, entries: Iterable[Entry]) -> None:
+    """One row per checkpoint; the shards of a feature store are one row."""
+    table = plain_table(str(root), "folder", "kind", "stage", "epoch", "step", "size", "metrics", "written")
+    for parent, group in groupby(entries, key=_shared_parent):
+        rows = list(group)
+        if parent is not None:
+            tensors = sum(len(records) for _, m in rows for records in m.tensors.values())
+            settings = rows[0][1].settings
+            made = ", ".join(str(settings[key]) for key in ("name", "dtype") if key in settings)
+            name, kind = _relative(parent, root), f"features of {tensors} videos in {len(rows)} shards"
+            size, written = sum(map(_bytes, (m for _, m in rows))), max(m.created for _, m in rows)
+            table.add_row(name, kind, "", "", "", size_text(size), made, _when(written))
+            continue
+        for folder, manifest in rows:
+            facts = manifest.facts
+            table.add_row(
+                _relative(folder, root),
+                manifest.kind,
+                stage_text(facts),
+                str(facts.get("epoch", "")),
+                str(facts.get("global_step", "")),
+                size_text(_bytes(manifest)),
+                ", ".join(f"{name} {_number(value)}" for name, value in _headline(manifest.metrics).items()),
+                _when(manifest.created),
+            )
+    console().print(table)
+
+
+def print_details(folder: Path, manifest: Manifest, every_tensor: bool, settings: bool) -> None:
+    """Tables of one checkpoint: where it comes from, its sets, its files, its metrics."""
+    out = console()
+    origin = plain_table(str(folder), "", "")
+    for name, value in origin_rows(manifest):
+        origin.add_row(name, value)
+    out.print(origin)
+    whole = manifest.facts.get("parameters", {}).get("model")
+    sets = plain_table("sets and other parts", "part", "tensors", "parameters", "of the model", "size")
+    for name, row in sets_of(manifest).items():
+        share = f"{row['parameters'] / whole:.2%}" if whole else ""
+        sets.add_row(name, str(row["tensors"]), f"{row['parameters']:,}", share, size_text(row["bytes"]))
+    out.print(sets)
+    files = plain_table("files", "file", "size", "tensors", "digest")
+    for name, record in manifest.files.items():
+        files.add_row(name, size_text(record.bytes), str(len(manifest.tensors.get(name, ())) or ""), record.digest)
+    out.print(files)
+    print_metrics("metrics", manifest.metrics)
+    if every_tensor:
+        tensors = plain_table("tensors", "tensor", "type", "shape", "file")
+        for file, records in manifest.tensors.items():
+            for name, tensor in records.items():
+                tensors.add_row(name, tensor.dtype, str(tensor.shape), file)
+        out.print(tensors)
+    if settings:
+        out.print(yaml.safe_dump(manifest.settings, sort_keys=False), markup=False, highlight=False)
+
+
+def final_metrics(run: Path) -> dict[str, Any]:
+    """What ``metrics.json`` of a run says; nothing where the folder is no run, or has not ended."""
+    file = run / "metrics.json"
+    try:
+        return json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}; see fulgurite verify {run}") from error
+
+
+def print_metrics(title: str, metrics: Mapping[str, Any]) -> None:
+    """A row per metric, accuracies first; nothing where there are none."""
+    if metrics:
+        table = plain_table(title, "name", "value")
+        for name, value in _headline(metrics, len(metrics)).items():
+            table.add_row(name, _number(value))
+        console().print(table)
+
+
+def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What a checkpoint is and what it was made from, by name; only what the manifest knows."""
+    facts, base = manifest.facts, manifest.base
+    yield "kind", manifest.kind
+    if base is not None:
+        yield "base", f"{base['source']}  {base['digest']}"
+    yield "digest", manifest.digest
+    yield "written", _when(manifest.created)
+    module = manifest.settings.get("model")
+    if isinstance(module, dict) and "class_path" in module:
+        yield "module", str(module["class_path"])
+    if stage_text(facts):
+        yield "stage", stage_text(facts)
+    for key, name in (("set", "set"), ("epoch", "epoch"), ("global_step", "step")):
+        if key in facts:
+            yield name, str(facts[key])
+    if "info" in facts:
+        info = facts["info"]
+        yield "data", f"{len(info['answers'])} answers; domains {', '.join(info['domains'])}"
+        yield "data digest", str(facts.get("info_digest", "not recorded"))
+    if "parameters" in facts:
+        trained, model = facts["parameters"]["trained"], facts["parameters"]["model"]
+        yield "trained", f"{trained:,} of {model:,} parameters ({trained / max(model, 1):.2%})"
+    for parent in manifest.parents:
+        yield "made from", f"{parent.get('path')}  {parent.get('digest')}"
+    for key, value in manifest.structure.items():
+        yield "structure", f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}"
+    yield "size", size_text(_bytes(manifest))
+    yield "software", ", ".join(f"{name} {version}" for name, version in facts.get("software", {}).items())
+
+
+def stage_text(facts: Mapping[str, Any]) -> str:
+    """As ``2 of 5: ivqa``; empty where there are no stages, ``before the first`` where none has begun."""
+    if "stages" not in facts or "stage" not in facts:
+        return ""
+    stages, stage = facts["stages"], facts["stage"]
+    return f"{stage + 1} of {len(stages)}: {stages[stage]['name']}" if stage >= 0 else "before the first"
+
+
+def _headline(metrics: Mapping[str, Any], most: int = 2) -> dict[str, Any]:
+    """At most so many of the metrics: accuracies before others, those of the whole before those of parts."""
+    order = sorted(metrics, key=lambda name: ("accuracy" not in name, name.count("/"), len(name), name))
+    return {name: metrics[name] for name in order[:most]}
+
+
+def _shared_parent(entry: Entry) -> Path | None:
+    folder = entry[0]
+    return folder.parent if folder.name.startswith(SHARD) else None
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(record.bytes for record in manifest.files.values())
+
+
+def _itemsize(dtype: str) -> int:
+    from fulgurite.checkpoints.tensorfile import dtype_of
+
+    return dtype_of(dtype).itemsize
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _when(created: str) -> str:
+    return created[:19].replace("T", " ") + " UTC"
+
+
+def _relative(folder: Path, root: Path) -> str:
+    return "." if folder == root else str(folder.relative_to(root))

@@ -8,13 +8,13 @@ import jsonargparse
 import yaml
 from lightning.pytorch import LightningModule
 
-from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, read_manifest
+from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, naming_another, read_manifest
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import checkpoint_at
-from fulgurite.modules.video_qa import VideoQA
+from fulgurite.modules.adapted import AdaptedModule
 
 
 def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
@@ -31,7 +31,8 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
         ConfigError: nothing there, or a class path outside the allowed packages.
     """
     folder = checkpoint_at(str(path), "load")
-    manifest = read_manifest(folder)
+    with naming_another(folder):
+        manifest = read_manifest(folder)
     if not (manifest.settings or {}).get("model"):
         raise RefusedError(f"{folder}: the manifest holds no model settings; it was not written by the command line")
     with imports_allowed(tuple(allow)):
@@ -45,8 +46,9 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, origin) from error
         module = parser.instantiate(parsed).model
-    if isinstance(module, VideoQA):
+    if isinstance(module, AdaptedModule):
         module.restore(manifest.facts)
         manifest.require_base(module.base_digest, str(folder))
-    module.load_state_dict(load_tensors(folder))
+    with naming_another(folder):
+        module.load_state_dict(load_tensors(folder))
     return module.eval()

@@ -6,7 +6,6 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -217,16 +216,6 @@ class AdapterBank(nn.Module):
         """
         with self._active(self._selection(selection, sets)):
             yield
-
-    def checkpoint_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Contexts by which activation checkpointing recomputes with the selection of the forward pass.
-
-        Recomputation runs in the backward pass, when the `use` block may have ended or another one may be
-        active. Give this method to the backbone: ``gradient_checkpointing_enable({"use_reentrant": False,
-        "context_fn": bank.checkpoint_context})``, or to `torch.utils.checkpoint.checkpoint` as
-        ``context_fn``.
-        """
-        return contextlib.nullcontext(), self._active(_ACTIVE.get().get(id(self), _Selection(LIVE)))
 
     @contextlib.contextmanager
     def _active(self, chosen: _Selection) -> Iterator[None]:

@@ -15,18 +15,29 @@ class PlacementReport:
     num_parameters: int
     num_bytes: int
 
+    def __str__(self) -> str:
+        return f"{self.kind} at {self.num_sites} sites ({', '.join(self.points)})"
+
 
 @dataclass(frozen=True)
 class BankReport:
-    """Size of one set of adapters beside its backbone; prints as a table."""
+    """Size of one set of adapters beside its backbone; prints as one line.
+
+    The model is the backbone with one set: the frozen copies that a bank keeps as further sets do not count.
+    """
 
     placements: tuple[PlacementReport, ...]
     num_backbone_parameters: int
 
     @property
     def num_parameters(self) -> int:
-        """Trained parameters of one set."""
+        """Trained parameters: those of one set."""
         return sum(row.num_parameters for row in self.placements)
+
+    @property
+    def num_model_parameters(self) -> int:
+        """Parameters of the backbone and one set."""
+        return self.num_backbone_parameters + self.num_parameters
 
     @property
     def num_bytes(self) -> int:
@@ -35,19 +46,12 @@ class BankReport:
 
     @property
     def share(self) -> float:
-        """Trained parameters as a part of the backbone's."""
-        return self.num_parameters / max(self.num_backbone_parameters, 1)
+        """Trained parameters as a part of the model's."""
+        return self.num_parameters / max(self.num_model_parameters, 1)
 
     def __str__(self) -> str:
-        lines = [f"{'kind':<14}{'sites':>6}{'trainable':>14}{'MB':>9}  points"]
-        for row in self.placements:
-            lines.append(
-                f"{row.kind:<14}{row.num_sites:>6}{row.num_parameters:>14,}{row.num_bytes / 1e6:>9.2f}  "
-                + ", ".join(row.points)
-            )
-        num_sites = sum(row.num_sites for row in self.placements)
-        lines.append(
-            f"{'all':<14}{num_sites:>6}{self.num_parameters:>14,}{self.num_bytes / 1e6:>9.2f}  "
-            f"{self.share:.2%} of the backbone's {self.num_backbone_parameters:,}"
+        places = ", ".join(map(str, self.placements))
+        return (
+            f"{self.num_parameters:,} of {self.num_model_parameters:,} parameters train ({self.share:.2%}, "
+            f"{self.num_bytes / 1e6:.2f} MB): {places}"
         )
-        return "\n".join(lines)

@@ -1,73 +1,51 @@
-"""Folders of LoRA adapters, exchanged with the real `peft` library."""
+"""Folders of LoRA adapters: read by the real `peft` library, and checked byte by byte by us."""
 
 from __future__ import annotations
 
-import json
+import random
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fulgurite.callbacks.adapter_files import read_peft_folder, write_peft_folder
-from fulgurite.checkpoints import CheckpointError
+from fulgurite.checkpoints import CheckpointError, DamagedError, MismatchError, audit, read_manifest
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
-from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.lora import LoRA
+from fulgurite.methods.adapters.peft_format import to_peft
 from fulgurite.methods.adapters.replace import Replace
 from fulgurite.methods.structure import ModelSpec
 
 D = 6
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE = {"source": "tiny", "digest": "xxh3_128:0a"}
 
 
-class Inner(nn.Module):
-    """Has a layer ``q``, and another whose name ends so, which must stay as it is."""
-
+class Backbone(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.v = nn.Linear(D, D), nn.Linear(D, D)
-        self.other = nn.ModuleDict({"q": nn.Linear(D, D)})
-        self.norm = nn.LayerNorm(D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x + self.v(self.q(x).tanh()) + self.other["q"](x))
-
-
-class Outer(nn.Module):
-    """The backbone around the model that peft wraps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = Inner()
-        points = {"q": (r"text\.q", 1), "v": (r"text\.v", 1), "norm": (r"text\.norm", 1)}
-        self.spec = ModelSpec(towers=(), points=points)
+        torch.manual_seed(0)
+        self.q, self.v, self.norm = nn.Linear(D, D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.spec = ModelSpec(towers=(), points={"q": (r"q", 1), "v": (r"v", 1), "norm": (r"norm", 1)})
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.text(x)
+        return self.norm(x + self.v(self.q(x).tanh()))
 
 
-def build(*placements: Placement, seed: int = 0) -> tuple[Outer, AdapterBank]:
-    torch.manual_seed(0)
-    model = Outer()
-    bank = AdapterBank(model, placements, ["a"])
-    torch.manual_seed(seed)
-    for parameter in bank.parameters_of("a"):
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model, bank
-
-
-CASES = {
-    "lora": [Placement(["q", "v"], partial(LoRA, rank=3, alpha=6.0))],
-    "rslora": [Placement(["q", "v"], partial(LoRA, rank=3, alpha=6.0, rslora=True))],
-    "ranks": [
+def build(seed: int = 0) -> tuple[Backbone, AdapterBank]:
+    model = Backbone()
+    placements = [
         Placement(["q"], partial(LoRA, rank=2, alpha=6.0)),
-        Placement(["v"], partial(LoRA, rank=4, alpha=1.0)),
-    ],
-    "norm": [Placement(["q"], partial(LoRA, rank=2)), Placement(["norm"], Replace)],
-}
+        Placement(["v"], partial(LoRA, rank=3, alpha=1.5)),
+        Placement(["norm"], Replace),
+    ]
+    bank = AdapterBank(model, placements, ["a"])
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in bank.parameters_of("a"):
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model, bank
 
 
 @pytest.fixture
@@ -75,103 +53,93 @@ def x() -> Tensor:
     return torch.randn(4, 3, D, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_peft_reads_what_we_write(case, x, tmp_path):
-    from peft import PeftModel
+@pytest.fixture
+def written(tmp_path):
+    """A bank, and the folder of its set."""
+    _, bank = build()
+    write_peft_folder(tmp_path / "a", *to_peft(bank, "a", "tiny"), base=BASE, facts={"set": "a"})
+    return bank, tmp_path / "a"
 
-    model, bank = build(*CASES[case])
-    with bank.use("a"):
+
+def test_peft_reads_the_folder_past_its_manifest(x, written):
+    from peft import PeftConfig, PeftModel
+
+    bank, folder = written
+    model, again = build(seed=9)
+    again.load_sites("a", {site: adapter.state_dict() for site, adapter in bank.adapters_of("a").items()})
+    with again.use("a"):
         expected = model(x)
-    write_peft_folder(bank, "a", tmp_path / "a", root="text")
-    torch.manual_seed(0)
-    wrapped = PeftModel.from_pretrained(Outer().text, tmp_path / "a")
+    assert PeftConfig.from_pretrained(folder).base_model_name_or_path == "tiny"
+    wrapped = PeftModel.from_pretrained(Backbone(), folder)
     torch.testing.assert_close(wrapped(x), expected, rtol=1e-6, atol=1e-6)
+    assert sorted(path.name for path in folder.iterdir()) == [*FILES, "manifest.json"]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"modules_to_save": ["norm"]}])
-def test_we_read_what_peft_writes(options, x, tmp_path):
+def test_the_manifest_covers_both_files_and_names_the_base(written):
+    _, folder = written
+    manifest = read_manifest(folder)
+    assert (manifest.kind, manifest.base, manifest.facts["set"]) == ("delta", BASE, "a")
+    assert {(state.path.name, state.state) for state in audit(folder)} == {
+        (name, "good") for name in (*FILES, "manifest.json")
+    }
+
+
+def test_our_own_folder_comes_back_bit_for_bit(written):
+    bank, folder = written
+    _, other = build(seed=5)
+    read_peft_folder(other, "a", folder, base_model="tiny", base_digest=BASE["digest"])
+    assert all(torch.equal(p, q) for p, q in zip(bank.parameters_of("a"), other.parameters_of("a")))
+
+
+def test_a_folder_of_peft_is_read_without_a_manifest(x, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules="q|v", **options)
-    wrapped = get_peft_model(Outer().text, config)
-    for name, parameter in wrapped.named_parameters():
+    wrapped = get_peft_model(Backbone(), LoraConfig(r=2, lora_alpha=6, target_modules="q", modules_to_save=["norm"]))
+    generator = torch.Generator().manual_seed(3)
+    for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-            assert "lora" in name or "norm" in name
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(tmp_path)
-    lora = partial(LoRA, rank=3, alpha=6.0, rslora="use_rslora" in options)
-    replaced = [Placement(["norm"], Replace)] if "modules_to_save" in options else []
-    model, bank = build(Placement(["q", "v"], lora), *replaced, seed=5)
-    read_peft_folder(bank, "a", tmp_path, root="text")
+    model = Backbone()
+    bank = AdapterBank(model, [Placement(["q"], partial(LoRA, rank=2, alpha=6.0)), Placement(["norm"], Replace)], ["a"])
+    read_peft_folder(bank, "a", tmp_path)
     with bank.use("a"):
         torch.testing.assert_close(model(x), wrapped(x), rtol=1e-6, atol=1e-6)
 
 
-def test_our_own_folder_comes_back_bit_for_bit(x, tmp_path):
-    _, bank = build(*CASES["norm"])
-    _, other = build(*CASES["norm"], seed=5)
-    write_peft_folder(bank, "a", tmp_path / "a", base_model="tiny", root="text")
-    read_peft_folder(other, "a", tmp_path / "a", base_model="tiny", root="text")
-    assert all(torch.equal(p, q) for p, q in zip(bank.parameters_of("a"), other.parameters_of("a")))
+def test_another_backbone_is_refused_by_its_digest(written):
+    _, folder = written
+    with pytest.raises(MismatchError, match=r"delta over tiny with digest xxh3_128:0a.*xxh3_128:0b"):
+        read_peft_folder(build()[1], "a", folder, base_digest="xxh3_128:0b")
 
 
-def test_a_folder_of_another_make_lists_all_differences_and_changes_nothing(tmp_path):
-    write_peft_folder(build(*CASES["lora"])[1], "a", tmp_path / "a", base_model="large", root="text")
-    _, bank = build(Placement(["q"], partial(LoRA, rank=2, alpha=6.0, rslora=True)))
+def test_every_flipped_bit_is_found_and_nothing_is_changed(written):
+    _, folder = written
+    _, bank = build(seed=5)
     before = [p.clone() for p in bank.parameters_of("a")]
-    with pytest.raises(ValueError) as error:
-        read_peft_folder(bank, "a", tmp_path / "a", base_model="tiny", root="text")
-    lines = str(error.value).splitlines()
-    assert lines[0] == "7 things in peft's files do not fit the set 'a':"
-    assert [line.strip() for line in lines[1:]] == [
-        "base model: file 'large', here 'tiny'",
-        "q rank: file 3, here 2",
-        "q rslora: file False, here True",
-        "q.lora_A.weight: file (3, 6), here (2, 6)",
-        "q.lora_B.weight: file (6, 3), here (6, 2)",
-        "v.lora_A.weight: file (3, 6), here missing",
-        "v.lora_B.weight: file (6, 3), here missing",
-    ]
+    generator = random.Random(0)
+    for name in (*FILES, "manifest.json"):
+        sound = (folder / name).read_bytes()
+        for place in generator.sample(range(len(sound)), 60):
+            changed = bytearray(sound)
+            changed[place] ^= 1 << generator.randrange(8)
+            (folder / name).write_bytes(changed)
+            with pytest.raises(CheckpointError, match=name):
+                read_peft_folder(bank, "a", folder)
+        (folder / name).write_bytes(sound)
     assert all(torch.equal(p, q) for p, q in zip(before, bank.parameters_of("a")))
+    read_peft_folder(bank, "a", folder)
 
 
-@pytest.mark.parametrize(("option", "value"), [("use_dora", True), ("bias", "all"), ("peft_type", "IA3")])
-def test_variants_of_lora_that_compute_something_else_are_refused(option, value, tmp_path):
-    _, bank = build(*CASES["lora"])
-    write_peft_folder(bank, "a", tmp_path / "a", root="text")
-    path = tmp_path / "a" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {option: value}))
-    with pytest.raises(ValueError, match=f"{option}: file {value!r}"):
-        read_peft_folder(bank, "a", tmp_path / "a", root="text")
-
-
-def test_what_the_layout_cannot_hold_is_refused_before_anything_is_written(tmp_path):
-    cases = [
-        ([Placement(["q"], partial(Bottleneck, reduction=2))], "text", "not Bottleneck"),
-        ([Placement(["norm"], Replace)], "text", "no LoRA"),
-        ([Placement(["q"], LoRA)], "video", "outside root='video'"),
-        ([Placement(["q"], partial(LoRA, rslora=True)), Placement(["v"], LoRA)], "text", "one rslora"),
-    ]
-    for placements, root, match in cases:
-        with pytest.raises(ValueError, match=match):
-            write_peft_folder(build(*placements)[1], "a", tmp_path / "a", root=root)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_damaged_and_missing_files_are_named(tmp_path):
-    _, bank = build(*CASES["lora"])
-    folder = Path(tmp_path / "a")
-    write_peft_folder(bank, "a", folder, root="text")
-    assert set(load_file(folder / "adapter_model.safetensors")) == {
-        f"base_model.model.{site}.lora_{part}.weight" for site in "qv" for part in "AB"
-    }
-    for name, junk in (("adapter_model.safetensors", b"\x08" + bytes(7)), ("adapter_config.json", b"{")):
+def test_damaged_and_missing_files_are_named(written):
+    bank, folder = written
+    (folder / "manifest.json").unlink()
+    for name, junk in zip(FILES, (b"{", b"\x08" + bytes(7))):
         good = (folder / name).read_bytes()
         (folder / name).write_bytes(junk)
-        with pytest.raises(CheckpointError, match=name):
-            read_peft_folder(bank, "a", folder, root="text")
+        with pytest.raises(DamagedError, match=name):
+            read_peft_folder(bank, "a", folder)
         (folder / name).unlink()
         with pytest.raises(CheckpointError, match=f"no {name}"):
-            read_peft_folder(bank, "a", folder, root="text")
+            read_peft_folder(bank, "a", folder)
         (folder / name).write_bytes(good)

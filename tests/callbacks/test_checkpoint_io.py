@@ -118,7 +118,10 @@ def test_folders_and_hooks(unbroken):
     assert published == [(8, "epoch=0-step=8"), (16, "epoch=1-step=16"), (24, "epoch=2-step=24")]
     assert all(verify(folder / name).ok for name in names)
     manifest = read_manifest(folder / "last")
-    assert manifest.facts == {"epoch": 2, "global_step": 24}
+    facts = dict(manifest.facts)
+    assert facts.pop("software")["torch"] == torch.__version__
+    count = sum(p.numel() for p in Toy().parameters())
+    assert facts == {"epoch": 2, "global_step": 24, "parameters": {"trained": count, "model": count}}
     assert manifest.settings == {"rate": 0.01}
     assert manifest.metrics["val/loss"] > 0
     assert (manifest.kind, manifest.base) == ("self-contained", None)
@@ -205,7 +208,11 @@ def test_what_the_module_declares_goes_to_the_manifest(tmp_path):
     fit(tmp_path, PublishedCheckpoint(), module=Declared, epochs=1)
     manifest = read_manifest(tmp_path / "checkpoints" / "last")
     assert (manifest.kind, manifest.base, manifest.structure) == ("delta", BASE, {"rank": 2})
-    assert manifest.facts == {"epoch": 0, "global_step": 8, "info": "xxh3_128:0b"}
+    assert {name: manifest.facts[name] for name in ("epoch", "global_step", "info")} == {
+        "epoch": 0,
+        "global_step": 8,
+        "info": "xxh3_128:0b",
+    }
     loaded = DigestCheckpointIO().load_checkpoint(tmp_path / "checkpoints" / "last")
     assert loaded["fulgurite"]["base"] == BASE
 
@@ -217,7 +224,13 @@ def test_damage_and_absence_stop_a_resume(unbroken, tmp_path):
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    with pytest.raises(DamagedError, match=r"state\.safetensors.*tensor 'state/"):
+    with pytest.raises(
+        DamagedError, match=r"state\.safetensors.*tensor 'state/.*checkpoints/epoch=0-step=8 \(step 8\)"
+    ):
+        fit(tmp_path / "x", ckpt_path=tmp_path / "checkpoints" / "last")
+    other = tmp_path / "checkpoints" / "epoch=0-step=8" / "weights.safetensors"
+    other.write_bytes(other.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match="There is no other good checkpoint in"):
         fit(tmp_path / "x", ckpt_path=tmp_path / "checkpoints" / "last")
     with pytest.raises(MissingError, match="nowhere"):
         fit(tmp_path / "x", ckpt_path=root / "nowhere")

@@ -13,6 +13,7 @@ import torch
 
 from fulgurite.checkpoints import (
     WriteError,
+    audit,
     load_document,
     load_tensors,
     publish_folder,
@@ -114,9 +115,13 @@ def test_kill_while_a_file_is_written(tmp_path, point):
     path = tmp_path / "metrics.json"
     write_json(path, {"step": 1})
     assert killed(lambda: write_json(path, {"step": 2}), point)
-    assert json.loads(path.read_text())["step"] == (2 if "renamed" in point or "parent" in point else 1)
+    assert json.loads(path.read_text())["step"] == (2 if point in ("file_renamed", "file_parent_synced") else 1)
     remove_leftovers(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.json"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"metrics.json", "digests.json"}
+    assert [state.state for state in audit(tmp_path)] == ["good", "good"]
+    assert killed(lambda: write_json(path, {"step": 3}), "list_parent_synced")
+    assert json.loads(path.read_text())["step"] in (1, 2)
+    assert [state.state for state in audit(tmp_path)][:2] == ["good", "good"]
 
 
 def test_an_error_while_writing_leaves_the_old_and_no_litter(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import platform
 
 import pytest
 import torch
@@ -87,6 +88,8 @@ def test_values_survive(tmp_path):
         facts={"epoch": 3},
     )
     manifest = read_manifest(tmp_path / "c")
+    software = manifest.facts.pop("software")
+    assert (software["python"], software["torch"]) == (platform.python_version(), torch.__version__)
     assert manifest.structure == manifest.settings == given
     assert math.isnan(manifest.metrics["accuracy"])
     assert (manifest.kind, manifest.base, manifest.facts) == ("delta", BASE, {"epoch": 3})

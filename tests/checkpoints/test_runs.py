@@ -59,5 +59,7 @@ def test_a_damaged_manifest_names_the_newest_good_one(tmp_path):
     for name in ("a", "b", "c"):
         save_checkpoint_folder(folder / name, {"weights": {"a": torch.ones(1)}})
     (folder / "c" / "manifest.json").write_text("{}")
-    with pytest.raises(DamagedError, match=r"c/manifest\.json is damaged.*sound manifest is .*checkpoints/b"):
+    with pytest.raises(
+        DamagedError, match=r"c/manifest\.json is damaged.*newest good checkpoint beside it is .*checkpoints/b"
+    ):
         newest_checkpoint(tmp_path)

@@ -183,7 +183,8 @@ def test_a_damaged_tensor_is_named_with_both_digests(small):
     assert load_tensors(small, names=["b"])["b"].tolist() == [True, False]
     report = verify(small)
     assert [("'a'" in text, str(file) in text) for text in report.problems] == [(True, True)]
-    assert set(report.checked) == {"state.safetensors", "state.json", "README.md"}
+    good = {name for name, problems in report.files.items() if not problems}
+    assert good == {"state.safetensors", "state.json", "README.md", "manifest.json"}
     assert load_tensors(small, verify=False)["a"][2] != 2
 
 

@@ -136,3 +136,27 @@ def test_only_typed_errors_escape_from_broken_streams(tmp_path):
             file.write_bytes(data)
             with suppress(CheckpointError):
                 load_pickle(file)
+
+
+def test_no_change_of_a_hostile_pickle_makes_it_run(tmp_path):
+    """Flipped bytes of files that want to run a command: whatever comes out, the command does not run."""
+    generator, file, marker = random.Random(2), tmp_path / "x.pkl", tmp_path / "marker"
+    value = {"text": "a", "array": np.arange(3), "bomb": Bomb(marker)}
+    sources = [pickle.dumps(value, protocol) for protocol in (0, 2, 4)]
+    for zipped in (True, False):
+        torch.save({"t": torch.ones(2), "bomb": Bomb(marker)}, file, _use_new_zipfile_serialization=zipped)
+        sources.append(file.read_bytes())
+    refused = 0
+    for source in sources:
+        for _ in range(100):
+            data = bytearray(source)
+            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+            file.write_bytes(data)
+            try:
+                load_pickle(file)
+            except RefusedError:
+                refused += 1
+            except CheckpointError:
+                pass
+            assert not marker.exists()
+    assert refused > 50

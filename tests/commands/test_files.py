@@ -1,46 +1,152 @@
 """The commands on files: verify, inspect, features, data."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from fulgurite.checkpoints import save_checkpoint_folder
+from fulgurite.checkpoints import read_manifest, save_checkpoint_folder, write_json, write_text
 from fulgurite.cli import main
+
+BASE = {"source": "tiny-text", "digest": "xxh3_128:0a"}
 
 
 @pytest.fixture
-def run(tmp_path):
-    for name in ("first", "last"):
-        weights = {"weights": {"layer.weight": torch.arange(6.0).reshape(2, 3)}}
-        save_checkpoint_folder(tmp_path / "checkpoints" / name, weights, metrics={"val/accuracy": 0.5})
-    return tmp_path
+def run(tmp_path, monkeypatch):
+    """A run with two checkpoints, one adapter folder and a config, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/quick/1")
+    weights = {f"bank.sets.{name}.site.weight": torch.arange(6.0).reshape(2, 3) for name in ("red", "live")}
+    stages = [{"name": "red"}, {"name": "green"}]
+    for step, name in enumerate(("first", "last")):
+        save_checkpoint_folder(
+            folder / "checkpoints" / name,
+            {"weights": weights | {"router.sums": torch.ones(4, dtype=torch.float64)}},
+            {"state": {"moment": torch.ones(100)}},
+            kind="delta",
+            base=BASE,
+            parents=[{"path": "runs/other", "digest": "xxh3_128:0b"}],
+            settings={"model": {"class_path": "fulgurite.modules.video_qa.VideoQA"}},
+            metrics={"val/accuracy": 0.5, "val/accuracy/red": 0.25, "loss": 1.0},
+            facts={
+                "epoch": 3,
+                "global_step": step,
+                "stage": 1,
+                "stages": stages,
+                "info": {"answers": ["a", "b", "c"], "domains": ["red", "green"]},
+                "info_digest": "5f",
+                "parameters": {"trained": 6, "model": 600},
+            },
+        )
+    adapters = {"adapters": {"site.weight": torch.ones(6)}}
+    save_checkpoint_folder(folder / "adapters" / "red", adapters, kind="delta", base=BASE, facts={"set": "red"})
+    write_text(folder / "config.yaml", "seed: 1\n")
+    write_json(folder / "metrics.json", {"test/accuracy": 0.75})
+    (folder / "events.out").write_bytes(b"log")
+    return folder
+
+
+def rows(out):
+    """Cells of every line of what was printed."""
+    return [line.split() for line in out.splitlines()]
+
+
+def test_verify_says_the_state_of_every_file(run, capsys):
+    assert main(["verify", str(run)]) == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    for name in ("config.yaml", "checkpoints/last/weights.safetensors", "adapters/red/manifest.json"):
+        assert ["good", name] in found
+    assert ["not", "covered", "events.out"] in found
+    assert f"{run}: 13 good, 1 not covered: every recorded digest is right" in out
+    assert main(["verify", "runs", str(run / "checkpoints"), str(run / "checkpoints" / "last")]) == 0
+    out = capsys.readouterr().out
+    assert "runs: 13 good, 1 not covered: every" in out
+    assert "runs/quick/1/checkpoints: 8 good: every" in out
+    assert "runs/quick/1/checkpoints/last: 4 good: every" in out
 
 
 def test_verify_finds_a_flipped_bit(run, capsys):
-    assert main(["verify", str(run)]) == 0
-    assert capsys.readouterr().out.count("good") == 2
     file = run / "checkpoints" / "last" / "weights.safetensors"
     raw = bytearray(file.read_bytes())
     raw[-1] ^= 1
     file.write_bytes(raw)
-    assert main(["verify", str(run)]) == 2
-    out = capsys.readouterr().out
-    assert out.count("good") == 1
-    assert "DAMAGED" in out
-    assert "layer.weight" in out
+    for path in ("runs", str(run), str(run / "checkpoints"), str(run / "checkpoints" / "last")):
+        assert main(["verify", path]) == 2
+        out = capsys.readouterr().out
+        assert re.search(r"weights\.safetensors is damaged: tensor 'bank\.sets\.red\.site\.weight' has digest", out)
+        assert re.search(r"1 damaged.*: DAMAGED", out)
     assert main(["verify", str(run / "checkpoints" / "first")]) == 0
 
 
-def test_inspect_prints_the_manifest(run, capsys):
-    path = str(run / "checkpoints" / "last")
-    assert main(["inspect", path, "--tensors"]) == 0
+def test_verify_misses_what_is_gone_and_never_calls_the_rest_good(run, capsys):
+    (run / "checkpoints" / "last" / "manifest.json").unlink()
+    for path in (run, run / "checkpoints" / "last"):
+        assert main(["verify", str(path)]) == 2
+        out = capsys.readouterr().out
+        assert "1 missing" in out
+        assert "DAMAGED" in out
+    (run / "logs").mkdir()
+    for number in range(20):
+        (run / "logs" / f"{number:02}.txt").write_text("x")
+    assert main(["verify", str(run / "logs")]) == 2
     out = capsys.readouterr().out
-    assert "layer.weight: float32 [2, 3]" in out
-    assert "6 numbers" in out
-    assert "val/accuracy: 0.5" in out
-    assert main(["inspect", path, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["metrics"] == {"val/accuracy": 0.5}
+    assert "and 13 more files" in out
+    assert "20 not covered: nothing here has a digest" in out
+
+
+def test_inspect_shows_a_checkpoint_to_a_person(run, capsys):
+    assert main(["inspect", str(run / "checkpoints" / "last"), "--tensors", "--settings"]) == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    for row in (
+        ["kind", "delta"],
+        ["base", "tiny-text", "xxh3_128:0a"],
+        ["module", "fulgurite.modules.video_qa.VideoQA"],
+        ["stage", "2", "of", "2:", "green"],
+        ["epoch", "3"],
+        ["step", "1"],
+        ["data", "3", "answers;", "domains", "red,", "green"],
+        ["data", "digest", "5f"],
+        ["trained", "6", "of", "600", "parameters", "(1.00%)"],
+        ["made", "from", "runs/other", "xxh3_128:0b"],
+        ["red", "1", "6", "1.00%", "24", "B"],
+        ["live", "1", "6", "1.00%", "24", "B"],
+        ["router", "1", "4", "0.67%", "32", "B"],
+        ["val/accuracy", "0.5"],
+        ["bank.sets.red.site.weight", "float32", "[2,", "3]", "weights.safetensors"],
+        ["class_path:", "fulgurite.modules.video_qa.VideoQA"],
+    ):
+        assert row in found, row
+    assert f"torch {torch.__version__}" in out
+    size = (run / "checkpoints" / "last" / "state.safetensors").stat().st_size
+    assert ["state.safetensors", f"{size}", "B", "1"] in [row[:4] for row in found]
+
+
+def test_inspect_shows_a_run_and_its_newest_checkpoint(run, capsys):
+    for path in (run, Path("runs")):
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        names = [cells[0] for cells in rows(out) if cells and cells[0].endswith(("first", "last", "red"))]
+        inner = "" if path == run else "quick/1/"
+        assert names[:3] == [f"{inner}{n}" for n in ("adapters/red", "checkpoints/first", "checkpoints/last")]
+        assert ["step", "1"] in rows(out)
+        assert (["test/accuracy", "0.75"] in rows(out)) == (path == run)
+
+
+def test_inspect_for_a_machine(run, capsys):
+    assert main(["inspect", str(run / "checkpoints" / "last"), "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert one["metrics"]["val/accuracy"] == 0.5
+    assert one["sets"]["router"] == {"tensors": 1, "parameters": 4, "bytes": 32}
+    assert one["facts"]["software"]["torch"] == torch.__version__
+    assert one["digest"] == read_manifest(run / "checkpoints" / "last").digest
+    assert main(["inspect", "runs", "--json"]) == 0
+    every = json.loads(capsys.readouterr().out)
+    assert [Path(each["path"]).name for each in every] == ["red", "first", "last"]
+    assert every[2] == one
 
 
 @pytest.mark.parametrize(
@@ -96,6 +202,10 @@ def test_features_are_stored_once(tmp_path, monkeypatch, capsys):
     assert "1 of 1 videos" in capsys.readouterr().out
     stored = sorted(tmp_path.glob(".cache/features/*/*/*.safetensors"))
     assert len(stored) == 1
+    assert main(["verify", ".cache/features"]) == 0
+    assert "2 good: every recorded digest is right" in capsys.readouterr().out
+    assert main(["inspect", ".cache/features"]) == 0
+    assert "features of 1 videos in 1 shards" in capsys.readouterr().out
     time = stored[0].stat().st_mtime_ns
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     assert main(argv) == 2
