@@ -185,22 +185,24 @@ SELECTING = ("--data.init_args.validate", "every_epoch", "--model.init_args.sele
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "options"),
+    ("number", "hook", "step", "options"),
     [
-        ("validation_step", 4, ()),
-        ("validation_step", 2, SELECTING),  # the first epoch of a stage, whose only validation this is
-        ("validation_step", 4, SELECTING),
-        ("training_step", 1, ("--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "6")),
+        (signal.SIGTERM, "validation_step", 4, ()),
+        (signal.SIGINT, "validation_step", 2, SELECTING),  # in a stage, where this validation alone judges the epoch
+        (signal.SIGUSR1, "validation_step", 4, SELECTING),
+        (
+            signal.SIGINT,
+            "training_step",
+            1,
+            ("--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "6"),
+        ),
     ],
     ids=["validation", "best, in a stage", "best, at its end", "accumulation"],
 )
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_stopped_inside_a_validation_or_a_window(number, hook, step, options, cli, monkeypatch, tmp_path):
     """The first of several batches gets the signal; the resumed run does the whole validation, or keeps the sum."""
     from fulgurite.modules.continual_video_qa import ContinualVideoQA
 
-    if number != signal.SIGTERM and hook == "validation_step" and step == 2:
-        pytest.skip("one signal is enough here")
     options = (*options, "--data.init_args.eval_batch_size", "4", "--trainer.num_sanity_val_steps", "0")
     run, real, sent = tmp_path / "run", getattr(ContinualVideoQA, hook), []
 
