@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from fulgurite.samples import Sample, Video
+from fulgurite.samples import DataError, Sample, Video
 from fulgurite.samples.features import (
     FeatureExtractor,
     FeatureStore,
@@ -18,6 +19,8 @@ from fulgurite.samples.features import (
 )
 
 if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
     from fulgurite.datamodules.base import FulguriteDataModule, Split
 
 
@@ -28,6 +31,9 @@ def fill_features(
 
     Every process computes its share and waits for the others; each then sees the same failures, so all keep
     the same samples. Samples without a video stay as they are.
+
+    Raises:
+        DataError: features cannot be stored, here or in another process.
     """
     encoder, sampling = extractor.encoder, extractor.sampling
     store = FeatureStore(data.feature_cache, data.feature_dtype)
@@ -35,18 +41,18 @@ def fill_features(
     videos = list(dict.fromkeys(s.video for s in samples if s.video is not None))
     home = next(encoder.parameters()).device
     encoder.to(trainer.strategy.root_device)
-    extract_features(
-        videos,
-        encoder,
-        sampling,
-        store,
-        num_workers=data.num_workers,
-        progress=_report(f"{split} features by {encoder.name}"),
-        rank=trainer.global_rank,
-        world=trainer.world_size,
-    )
+    with in_step(trainer.strategy, "frame features"):
+        extract_features(
+            videos,
+            encoder,
+            sampling,
+            store,
+            num_workers=data.num_workers,
+            progress=_report(f"{split} features by {encoder.name}"),
+            rank=trainer.global_rank,
+            world=trainer.world_size,
+        )
     encoder.to(home)
-    trainer.strategy.barrier("frame features")
     reader = store.reader(encoder, sampling)
 
     def check(video: Video) -> None:
@@ -62,6 +68,19 @@ def fill_features(
             sample = replace(sample, features=StoredFeatures({**given, **place}))
         filled.append(sample)
     return filled
+
+
+@contextmanager
+def in_step(strategy: Strategy, what: str) -> Iterator[None]:
+    """Wait for all processes at the end, and fail in all of them where one has failed."""
+    done = False
+    try:
+        yield
+        done = True
+    finally:  # also on the way out of an error: the others wait for this process
+        everywhere = strategy.reduce_boolean_decision(done, all=True)
+    if not everywhere:
+        raise DataError(f"{what}: another process failed; its own message says why")
 
 
 def _report(what: str) -> Callable[[int, int], None]:

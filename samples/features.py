@@ -270,7 +270,10 @@ class _ShardWriter:
         for key, tensor in tensors.items():
             self.tensors[key] = tensor.to(self.dtype, copy=True)
             if not torch.isfinite(self.tensors[key]).all():
-                raise DataError(f"features of video {key} are not finite in {self.dtype}; store them as float32")
+                raise DataError(
+                    f"features of the video with digest {key} are not finite in {self.dtype}; store them as float32: "
+                    "--data.feature_dtype float32, or --dtype float32 of the features command"
+                )
         if sum(t.nbytes for t in self.tensors.values()) >= SHARD_BYTES:
             self.flush()
 

@@ -1,0 +1,82 @@
+"""A store of features that several processes fill together."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fulgurite.datamodules.cache import fill_features
+from fulgurite.datamodules.jsonl import JsonlDataModule
+from fulgurite.samples import DataError
+from fulgurite.samples.features import FeatureExtractor, FeatureStore, video_key
+from fulgurite.samples.sampling import FrameSampling
+
+SAMPLING = FrameSampling("uniform", 2)
+
+
+def as_floats(frames):
+    return frames.float()
+
+
+class Encoder(torch.nn.Module):
+    """Means of the frames, times a factor that half precision may not hold."""
+
+    name, fingerprint, transform = "scaled", "1", staticmethod(as_floats)
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def forward(self, pixels):
+        return pixels.mean((2, 3)).unsqueeze(1) * self.factor
+
+
+class Together:
+    """What two processes share: each waits for the other's word, at most a few seconds."""
+
+    root_device = torch.device("cpu")
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=10)
+        self.words = []
+
+    def reduce_boolean_decision(self, decision, all=True):
+        self.words.append(decision)
+        self.barrier.wait()
+        return min(self.words)
+
+
+def test_a_failure_of_one_process_is_one_of_all(folder):
+    """The second process gets numbers that half precision cannot hold; the first must not wait for it for ever."""
+    together = Together()
+
+    def fill(rank):
+        data = JsonlDataModule(folder / "a", feature_cache=folder / "cache")
+        data.trainer = SimpleNamespace(strategy=together, global_rank=rank, world_size=2)
+        extractor = FeatureExtractor(Encoder(1e9 if rank else 1.0), SAMPLING)
+        fill_features(data, "train", data.samples("train"), extractor)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(fill, rank) for rank in range(2))
+        with pytest.raises(DataError, match="frame features: another process failed"):
+            first.result()
+        with pytest.raises(DataError, match=r"not finite.*--data\.feature_dtype float32"):
+            second.result()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_store_is_read_in_the_dtype_of_the_option(folder, trainer, watcher, dtype):
+    """What was stored beforehand in that dtype is used as it is, and nothing is computed."""
+    data = JsonlDataModule(folder / "a", feature_cache=folder / "cache", feature_dtype=dtype)
+    encoder = Encoder(0.001)
+    watcher.feature_extractor = lambda: FeatureExtractor(encoder, SAMPLING)
+    trainer().test(watcher, datamodule=data)
+    sample = data.samples("test")[0]
+    stored = sample.features["scaled"]
+    assert stored.dtype == getattr(torch, dtype)
+    exact = encoder(as_floats(sample.video.frames([1, 4]))).detach()
+    close = {"atol": 1e-6, "rtol": 1e-6} if dtype == "float32" else {"atol": 1e-3, "rtol": 1e-3}
+    torch.testing.assert_close(stored.float(), exact, **close)
+    assert video_key(sample.video) in FeatureStore(folder / "cache", dtype).reader(encoder, SAMPLING)
