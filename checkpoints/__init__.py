@@ -24,13 +24,16 @@ from fulgurite.checkpoints.digest import (
 from fulgurite.checkpoints.errors import (
     CheckpointError,
     DamagedError,
+    LockedError,
     MismatchError,
     MissingError,
     RefusedError,
     WriteError,
 )
 from fulgurite.checkpoints.listing import LISTING_NAME
+from fulgurite.checkpoints.lock import writing
 from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest, read_manifest
+from fulgurite.checkpoints.retention import retain
 from fulgurite.checkpoints.runs import list_checkpoints, naming_another, new_run, newest_checkpoint, newest_good
 from fulgurite.checkpoints.store import Report, load_document, load_tensors, save_checkpoint_folder, verify
 from fulgurite.checkpoints.treejson import join, split
@@ -42,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "DamagedError",
     "FileState",
+    "LockedError",
     "Manifest",
     "MismatchError",
     "MissingError",
@@ -68,10 +72,12 @@ __all__ = [
     "read_manifest",
     "remove",
     "remove_leftovers",
+    "retain",
     "save_checkpoint_folder",
     "split",
     "verify",
     "write_bytes",
     "write_json",
     "write_text",
+    "writing",
 ]

@@ -47,6 +47,7 @@ FILE_FAULT_POINTS = (
     "file_renamed",
     "file_parent_synced",
 )
+REMOVE_FAULT_POINTS = ("set_aside", "deleted")
 _TEMPORARY = re.compile(r"^\..+\.tmp-(\d+)-[0-9a-f]{8}$")
 _OLD = re.compile(r"^\.(.+)\.old$")
 _ADVICE = {
@@ -188,8 +189,10 @@ def remove(path: str | Path) -> None:
         if os.path.lexists(path):
             trash = _temporary(path)
             os.rename(path, trash)
+            fault("set_aside")
             _sync_folder(path.parent)
             _delete(trash)
+            fault("deleted")
 
 
 def resolve(path: str | Path) -> Path:

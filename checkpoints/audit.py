@@ -10,6 +10,7 @@ from typing import Literal
 from fulgurite.checkpoints.atomic import is_leftover, published, resolve
 from fulgurite.checkpoints.errors import DamagedError, MissingError
 from fulgurite.checkpoints.listing import LISTING_NAME, Versions, read_listing, version_at
+from fulgurite.checkpoints.lock import LOCK_NAME
 from fulgurite.checkpoints.manifest import MANIFEST_NAME
 from fulgurite.checkpoints.runs import ADAPTERS, ARTEFACTS, CHECKPOINTS
 from fulgurite.checkpoints.store import verify
@@ -116,6 +117,8 @@ def _plain(folder: Path) -> Iterator[FileState]:
         if name is not None and not (folder / name).exists():
             yield FileState(entry, "leftover", f"{name} is read from it until the run goes on")
             yield from _folder(folder / name) if entry.is_dir() else ()
+        elif entry.name == LOCK_NAME:
+            yield FileState(entry, "leftover", "a lock: of a run that is going on, or that was killed")
         elif is_leftover(entry):
             yield FileState(entry, "leftover", "of an interrupted write")
         elif entry.is_dir() and not entry.is_symlink():

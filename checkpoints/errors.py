@@ -34,3 +34,7 @@ class WriteError(CheckpointError):
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+
+class LockedError(CheckpointError):
+    """Another living process writes to the folder."""

@@ -59,18 +59,23 @@ def newest_checkpoint(run: str | Path) -> Path | None:
     return found[-1][0] if found else None
 
 
-def newest_good(folder: str | Path, but: str | Path | None = None) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint directly in ``folder`` of which every byte is sound, or None.
-
-    Reads whole checkpoints, newest first, until one is good. ``but`` is passed over.
-    """
+def readable_checkpoints(folder: str | Path) -> list[tuple[Path, Manifest]]:
+    """The checkpoints directly in ``folder`` that have a sound manifest, oldest first; others are passed over."""
     found = []
     for path in _candidates(Path(folder)):
         try:
             found.append((path, read_manifest(path)))
         except CheckpointError:
             continue
-    found.sort(key=lambda pair: (pair[1].created, pair[0].name), reverse=True)
+    return sorted(found, key=lambda pair: (pair[1].created, pair[0].name))
+
+
+def newest_good(folder: str | Path, but: str | Path | None = None) -> tuple[Path, Manifest] | None:
+    """The newest checkpoint directly in ``folder`` of which every byte is sound, or None.
+
+    Reads whole checkpoints, newest first, until one is good. ``but`` is passed over.
+    """
+    found = reversed(readable_checkpoints(folder))
     return next((pair for pair in found if pair[0] != but and verify(pair[0]).ok), None)
 
 
