@@ -89,6 +89,8 @@ class PublishedCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir, CHECKPOINTS).absolute())
         super().setup(trainer, pl_module, stage)
+        # With max_steps, Lightning would take up a checkpoint of an epoch's end in the middle of that epoch.
+        trainer.fit_loop._iteration_based_training = lambda: False
         if stage == "fit" and trainer.is_global_zero:
             run = Path(trainer.default_root_dir)
             for folder in (self.dirpath, run, run / ADAPTERS, run / ARTEFACTS):

@@ -181,6 +181,15 @@ def test_stopped_by_sigterm_and_by_max_steps(whole, cli, monkeypatch, tmp_path):
     assert metrics(run) == metrics(whole)
 
 
+def test_with_max_steps_an_epoch_end_is_taken_up_at_the_next_epoch(cli, tmp_path):
+    argv = ("--trainer.max_steps", "5", *EVERY_STEP, "--test_after_fit", "false")
+    assert cli("fit", *argv, "--run", tmp_path / "whole") == 0
+    for step in (2, 3):
+        run = tmp_path / f"from {step}"
+        assert cli("fit", *argv, "--ckpt_path", checkpoint(tmp_path / "whole", step), "--run", run) == 0
+        assert_same_end(run, tmp_path / "whole", losses_from=step)
+
+
 SELECTING = ("--data.init_args.validate", "every_epoch", "--model.init_args.selection", "best")
 
 
