@@ -3,8 +3,9 @@ same.
 
 Nothing heavy is imported before a command is chosen, so ``--help`` and ``--version`` answer at once.
 
-Exit codes: 0 done; 2 bad config or bad input (one message on stderr); 130, 138 or 143 ended by SIGINT (Ctrl-C),
-SIGUSR1 or SIGTERM, a ``fit`` that trains with a checkpoint written; 1 any other error, with its traceback.
+Exit codes: 0 done; 2 bad config or bad input (one message on stderr; ``exit_code_of`` in ``commands/errors.py`` says
+what counts); 130, 138 or 143 ended by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM, a ``fit`` that trains with a checkpoint
+written; 1 any other error, with its traceback.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ EXIT_CODES = """\
 exit codes:
   0    done
   1    another error, with its traceback
-  2    bad config or bad input, one message on stderr
+  2    bad config or bad input, one message on stderr: an option or a file is wrong, a constructor refuses its
+       arguments, or fulgurite itself refuses a setting (ValueError, LookupError) when it turns out to be wrong
   130  ended by Ctrl-C (SIGINT)
   138  ended by SIGUSR1
   143  ended by SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import re
 import sys
 from collections.abc import Callable
@@ -43,14 +44,30 @@ def message_of(error: BaseException) -> str:
     return text
 
 
+def refused_on_purpose(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package made an error, and no slip: ``int("x")`` is a ValueError too."""
+    last = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    here = str(last.tb_frame.f_globals.get("__name__")).startswith("fulgurite.")
+    return here and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
 def exit_code_of(run: Callable[[str, list[str]], int], command: str, argv: list[str]) -> int:
-    """Run a command; the errors of ``bad_input_types`` print one message and give 2, Ctrl-C gives 130."""
+    """Run a command and give its exit code; an error that the user mends prints one message and gives 2.
+
+    Bad input is: a `ConfigError` (what a constructor of the config refuses is made one, see ``building.py``), a
+    `DataError` or a `CheckpointError`, wherever it comes from; and a ValueError or LookupError of a ``raise`` statement
+    of this package, since those are its words for settings. All others are bugs and keep their traceback.
+    """
     try:
         return run(command, argv)
     except SystemExit as ended:  # --help and --print_config
         return int(ended.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except bad_input_types() as error:
+    except (ValueError, LookupError, *bad_input_types()) as error:
+        if not isinstance(error, bad_input_types()) and not refused_on_purpose(error):
+            raise
         print(f"fulgurite {command}: {shorten(message_of(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -55,7 +55,8 @@ def explain(error: Exception, parser: ArgumentParser, invocation: Invocation) ->
 
 def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
     if match := _REQUIRED.search(raw):
-        names = match[1].split(", ")
+        above = ".".join(key for key, _ in _KEY.findall(raw))
+        names = [f"{above}.{name}".lstrip(".") for name in match[1].split(", ")]
         flags = " and ".join(f"--{name}" for name in names)
         return f"{' and '.join(names)}: required and not given; write it in a --config file or as {flags}"
     if match := _UNRECOGNIZED.search(raw):
@@ -99,7 +100,7 @@ def _wrong_value(reason: _Reason, raw: str, invocation: Invocation) -> str:
     expected = " or ".join([*types, f"one of {', '.join(choices)}"] if choices else types)
     near = _near(value, choices)
     owner = f" of {reason.class_path}" if reason.class_path else ""
-    got = f"{shorten(value, 300)!r}{_place(invocation, reason.key)}"
+    got = f"{shorten(value, 300)!r}{place(invocation, reason.key)}"
     return f"{reason.key}{owner}: expected {expected}, got {got}{near}"
 
 
@@ -164,12 +165,12 @@ def _near(name: str, accepted: Iterable[str], listed: bool = False) -> str:
     return text + (f" It accepts: {shorten(', '.join(accepted), 600)}" if listed else "")
 
 
-def _place(invocation: Invocation, key: str) -> str:
+def place(invocation: Invocation, key: str) -> str:
     """Where an option was written, as " (command line)"; nothing if it was not found."""
-    leaf = key.rpartition(".")[2]
+    leaf, flag = key.rpartition(".")[2], "--" + re.sub(r"\[\d+\]", "", key) + "."
     for argument in invocation.typed:
-        name = argument.partition("=")[0]
-        if name.startswith("--") and (name.rpartition(".")[2] == leaf or name == f"--{key}"):
+        name = argument.partition("=")[0].removesuffix("+")
+        if name.startswith("--") and (name.rpartition(".")[2] == leaf or flag.startswith(f"{name}.")):
             return " (command line)"
     for path, document in reversed(list(zip(invocation.configs, invocation.documents))):
         if any(True for _ in _values_under(document, leaf)):

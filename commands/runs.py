@@ -7,11 +7,12 @@ folder without a manifest is not a checkpoint: it was never finished.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fulgurite.checkpoints import MANIFEST_NAME, newest_checkpoint
+from fulgurite.checkpoints import LISTING_NAME, MANIFEST_NAME, newest_checkpoint
 from fulgurite.checkpoints.atomic import resolve
 from fulgurite.checkpoints.runs import EVALUATIONS
 from fulgurite.commands.errors import ConfigError
@@ -93,6 +94,31 @@ def evaluation_folder(parent: Path, command: str) -> Path:
         number += 1
         path = stem.with_name(f"{stem.name}-{number}")
     return path
+
+
+def names_in(folder: Path) -> set[str] | None:
+    """Names of what is in a folder; None where there is no such folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else None
+
+
+def remove_unused(folder: Path, before: set[str] | None) -> None:
+    """Remove what a command that never began left in its folder, and the folder itself if it is the command's own.
+
+    Nothing is removed where more than ``config.yaml``, its digest and empty event files is new. What was there stays.
+
+    Args:
+        folder: where the command writes.
+        before: `names_in` before the command.
+    """
+    new = (names_in(folder) or set()) - (before or set())
+    if all(name in ("config.yaml", LISTING_NAME) or name.startswith("events.out.tfevents.") for name in new):
+        for name in new:
+            (folder / name).unlink()
+        with suppress(OSError):  # not there, or not empty
+            if before is None:
+                folder.rmdir()
+            if folder.parent.name == EVALUATIONS:
+                folder.parent.rmdir()
 
 
 def newest_run(folder: Path) -> Path | None:

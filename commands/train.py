@@ -11,10 +11,10 @@ import logging
 import os
 import warnings
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from fulgurite.callbacks.interruption import Interruption
-from fulgurite.commands.errors import DONE, INTERRUPTED, SIGNALLED
+from fulgurite.commands.errors import DONE, INTERRUPTED, SIGNALLED, ConfigError
 from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
@@ -48,7 +48,13 @@ def run(command: str, argv: list[str]) -> int:
         invocation = invocation.on_top_of(plan.stored)
     with imports_allowed(invocation.allow):
         import_named(invocation.typed, invocation.documents)
-        return execute(TrainCLI(invocation, plan))
+        cli = TrainCLI(invocation, plan)
+        try:
+            return execute(cli)
+        except BaseException:
+            if command != "fit" or cli.trainer.global_step == 0:
+                cli.remove_unused_folder()
+            raise
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:
@@ -67,6 +73,8 @@ def execute(cli: TrainCLI) -> int:
             trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     except SIGTERMException:
         return SIGNALLED + interruption.received
+    except MisconfigurationException as error:  # Lightning's word for settings that do not go together
+        raise ConfigError(str(error)) from error
     except SystemExit as ended:
         if trainer.interrupted and ended.code == 1:  # what the Trainer makes of Ctrl-C
             return INTERRUPTED

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,12 +27,22 @@ from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.rng import RandomStates
 from fulgurite.callbacks.run_folder import RunFolder
 from fulgurite.checkpoints import new_run
+from fulgurite.commands.building import Building, build
 from fulgurite.commands.differences import differences
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import EPILOG, PARSER_MODE
 from fulgurite.commands.invocation import Invocation
-from fulgurite.commands.runs import Plan, checkpoint_at, evaluation_folder, experiment_folder, experiment_of
+from fulgurite.commands.overrides import dropped, refuse_into_lists
+from fulgurite.commands.runs import (
+    Plan,
+    checkpoint_at,
+    evaluation_folder,
+    experiment_folder,
+    experiment_of,
+    names_in,
+    remove_unused,
+)
 
 FOLDER_VARIABLE = "FULGURITE_FOLDER"  # how the first process tells the processes that it starts
 SUMMARIES = {
@@ -63,11 +74,22 @@ NOT_OPTIONS = {
 OF_ONE_CALL = ("config", "ckpt_path", "weights_only", "verbose", "resume", "run")
 
 
+class TrainParser(LightningArgumentParser):
+    """A parser that builds everything through ``building``, Lightning's instantiators of module and data included."""
+
+    building: Building
+
+    def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """As in the base; ``building`` hears of what fails."""
+        super().add_instantiator(self.building.through(instantiator), *args, **kwargs)
+
+
 class TrainCLI(LightningCLI):
     """Parses one command and builds data, module and trainer; running them is left to the caller.
 
     Attributes:
         folder: where the command writes.
+        before: names of what was there before; None where the folder is the command's own.
     """
 
     def __init__(self, invocation: Invocation, plan: Plan) -> None:
@@ -92,6 +114,7 @@ class TrainCLI(LightningCLI):
             subclass_mode_data=True,
             run=False,
             auto_configure_optimizers=False,
+            parser_class=TrainParser,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -109,21 +132,27 @@ class TrainCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: None) -> None:
         """Parse the invocation's arguments, not ``sys.argv``, so that ``main(argv)`` works in process."""
+        refuse_into_lists(self.invocation)
         try:
             self.config = parser.parse_args(self.invocation.arguments)
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, self.invocation) from error
         self.config.experiment = experiment_of(self.invocation)
+        parser.building = Building(self.config, self.invocation)
+        for line in dropped(self.invocation, yaml.safe_load(self.written())):
+            rank_zero_info(line)
         if self.plan.made_with is not None:
             for line in differences(self.plan.made_with, self.written(), self.invocation):
                 rank_zero_info(line)
 
+    def before_instantiate_classes(self) -> None:
+        """Whatever is neither module nor data is built through the same `Building`."""
+        self.parser.add_instantiator(build, object)
+
     def instantiate_classes(self) -> None:
         """Build data, module and trainer; what their constructors refuse is bad config."""
-        try:
+        with self.parser.building:
             super().instantiate_classes()
-        except (ValueError, LookupError, TypeError, MisconfigurationException) as error:
-            raise ConfigError(f"{type(error).__name__}: {error}") from error
 
     def method_arguments(self) -> dict[str, Any]:
         """Keyword arguments of the Trainer method."""
@@ -141,7 +170,7 @@ class TrainCLI(LightningCLI):
         from fulgurite.callbacks.report import Report
 
         settings = dict(self.config_init.trainer)
-        self.folder = self._new_folder()
+        self.folder, self.before = self._new_folder()
         if settings["logger"] in (None, True):
             settings["logger"] = self._loggers() if self.invocation.command == "fit" else False
         for name, value in self._data_options().items():
@@ -163,10 +192,9 @@ class TrainCLI(LightningCLI):
             callbacks.append(self.config_init.checkpoint)
         try:
             return self._instantiate_trainer({**settings, **kwargs, "callbacks": callbacks}, [])
-        except BaseException:
-            with suppress(OSError):  # a run that has not begun leaves no folder; one with anything in it stays
-                self.folder.rmdir()
-            raise
+        except (ValueError, LookupError, TypeError, MisconfigurationException) as error:
+            self.remove_unused_folder()
+            raise ConfigError(f"trainer, refused by Trainer: {error}") from error
 
     def _data_options(self) -> dict[str, Any]:
         options = getattr(self.datamodule, "trainer_options", None)
@@ -179,20 +207,26 @@ class TrainCLI(LightningCLI):
             config.pop(name, None)
         return self.parser.dump(config, skip_none=False, skip_link_targets=False, format="yaml")
 
-    def _new_folder(self) -> Path:
-        """The run, or ``evaluations/<command>-<time>`` of the run that is evaluated."""
+    def remove_unused_folder(self) -> None:
+        """For a command that failed before it began; the process that made the folder removes it."""
+        if rank_zero_only.rank == 0:
+            remove_unused(self.folder, self.before)
+
+    def _new_folder(self) -> tuple[Path, set[str] | None]:
+        """The run, or ``evaluations/<command>-<time>`` of the run that is evaluated, and what is in it so far."""
         if FOLDER_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
-            return Path(os.environ[FOLDER_VARIABLE])
+            folder = Path(os.environ[FOLDER_VARIABLE])
+            return folder, names_in(folder)
         experiment = experiment_folder(self.invocation)
         if self.invocation.command != "fit":
-            return evaluation_folder(self.plan.run or experiment, self.invocation.command)
+            return evaluation_folder(self.plan.run or experiment, self.invocation.command), None
         if self.plan.run is not None:
-            return self.plan.run
+            return self.plan.run, names_in(self.plan.run)
         if self.invocation.option("resume") == "auto":
             rank_zero_info("--resume auto: nothing to continue, a new run starts")
         if rank_zero_only.rank != 0 or self.config_init.trainer.fast_dev_run:
-            return experiment  # replaced by the folder of rank 0, or never written to
-        return new_run(experiment.parent, experiment.name)
+            return experiment, names_in(experiment)  # replaced by the folder of rank 0, or never written to
+        return new_run(experiment.parent, experiment.name), None
 
     def _loggers(self) -> list[Logger]:
         from lightning.pytorch.loggers import TensorBoardLogger

@@ -182,7 +182,7 @@ def test_lightnings_flags_keep_their_meaning(cli, project):
     argv = ("--trainer.max_steps", "2", "--trainer.logger", "false", "--trainer.limit_val_batches", "0")
     assert cli("fit", "--config", "toy.yaml", *argv, "--run", "short")[0] == 0
     files = {file.name for file in (project / "short").iterdir()}
-    assert files == {"config.yaml", "metrics.json", "checkpoints"}
+    assert files == {"config.yaml", "digests.json", "metrics.json", "checkpoints"}
     manifest = json.loads((project / "short" / "checkpoints" / "last" / "manifest.json").read_text())
     assert manifest["facts"]["global_step"] == 2
     argv = ("--trainer.enable_checkpointing", "false", "--trainer.default_root_dir", "elsewhere")
@@ -234,3 +234,35 @@ def test_sigterm_in_fit_saves_where_it_is_and_resumes_there(cli, project):
     assert cli("fit", "--resume", "run", "--model.at_step=-1", "--test_after_fit=false")[0] == 0
     manifest = json.loads((project / "run" / "checkpoints" / "last" / "manifest.json").read_text())
     assert manifest["facts"]["global_step"] == 3
+
+
+def left(project):
+    return [path for path in project.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".py")]
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_no_folder(cli, project):
+    with pytest.raises(RuntimeError):
+        cli("fit", "--config", "toy.yaml", "--model", "toy_project.Broken")
+    assert left(project) == [project / "toy.yaml"]
+    assert not list((project / "runs").glob("*/*"))
+    (project / "mine").mkdir()
+    (project / "mine" / "note.txt").write_text("kept")
+    with pytest.raises(RuntimeError):
+        cli("fit", "--config", "toy.yaml", "--model", "toy_project.Broken", "--run", "mine")
+    assert sorted(left(project)) == [project / "mine" / "note.txt", project / "toy.yaml"]
+
+
+def test_a_fit_that_fails_later_keeps_its_folder(cli, project, trained):
+    with pytest.raises(RuntimeError):
+        cli("fit", "--config", "toy.yaml", "--model=toy_project.Broken", "--model.at_step=1", "--run=late")
+    assert (project / "late" / "config.yaml").is_file()
+    before = sorted(left(project / trained))
+    with pytest.raises(RuntimeError):
+        cli("fit", "--resume", trained, "--model=toy_project.Broken", "--trainer.max_epochs=2")
+    assert {file.name for file in left(project / trained)} >= {file.name for file in before}
+
+
+def test_a_test_that_fails_leaves_no_folder(cli, project, trained):
+    with pytest.raises(RuntimeError):
+        cli("test", "--ckpt_path", trained, "--model", "toy_project.Broken")
+    assert not (project / trained / "evaluations").exists()

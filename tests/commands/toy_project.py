@@ -83,6 +83,26 @@ class Tuples(Net):
         return batch[0]
 
 
+class Broken(Net):
+    """Fails in a step, or before the first one."""
+
+    def __init__(self, at_step: int = -1, lr: float = 0.1):
+        super().__init__(lr=lr)
+        self.at_step = at_step
+
+    def on_fit_start(self):
+        if self.at_step < 0:
+            raise RuntimeError("broken")
+
+    def training_step(self, batch, index):
+        if self.trainer.global_step == self.at_step:
+            raise RuntimeError("broken")
+        return super().training_step(batch, index)
+
+    def test_step(self, batch, index):
+        raise RuntimeError("broken")
+
+
 class Data(LightningDataModule):
     """``size`` fixed rows; the first number of each is its index."""
 
