@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fulgurite.checkpoints.atomic import fault, naming, publish_folder, resolve
+from fulgurite.checkpoints.atomic import fault, naming, publish_folder, reading, resolve
 from fulgurite.checkpoints.digest import DEFAULT, FileRecord, digest_of_bytes
 from fulgurite.checkpoints.errors import CheckpointError, DamagedError, MissingError, RefusedError
 from fulgurite.checkpoints.manifest import (
@@ -22,7 +22,15 @@ from fulgurite.checkpoints.manifest import (
     write_manifest,
 )
 from fulgurite.checkpoints.software import software
-from fulgurite.checkpoints.tensorfile import check_file, check_size, check_tensor, read_tensors, write_tensors
+from fulgurite.checkpoints.tensorfile import (
+    check_bytes,
+    check_file,
+    check_size,
+    check_tensor,
+    map_verified,
+    read_tensors,
+    write_tensors,
+)
 from fulgurite.checkpoints.treejson import join, split
 
 _SUFFIX = ".safetensors"
@@ -107,10 +115,12 @@ def load_tensors(
     name = file.removesuffix(_SUFFIX) + _SUFFIX
     record = _record(Path(path), manifest, name)
     check_size(folder / name, record)
-    if verify and names is None:
-        _check_whole(folder, manifest, name)
-        verify = False
-    return read_tensors(folder / name, manifest.tensors[name], names, verify)
+    if not verify or names is not None:
+        return read_tensors(folder / name, manifest.tensors[name], names, verify)
+    try:
+        return map_verified(folder / name, record, manifest.tensors[name])
+    except DamagedError as error:
+        raise DamagedError((_damaged_tensors(folder / name, manifest, name) or [str(error)])[0]) from error
 
 
 def load_document(path: str | Path, name: str) -> Any:
@@ -120,10 +130,13 @@ def load_document(path: str | Path, name: str) -> Any:
     """
     folder, manifest = resolve(path), read_manifest(path)
     name = _document_name(name)
-    check_file(folder / name, _record(Path(path), manifest, name))
-    text = (folder / name).read_text(encoding="utf-8")
+    record = _record(Path(path), manifest, name)
+    check_size(folder / name, record)
+    with reading(folder / name):
+        text = (folder / name).read_bytes()
+    check_bytes(folder / name, text, record)
     if not name.endswith(".json"):
-        return text
+        return text.decode()
     beside = Path(name).stem + _SUFFIX
     tensors = load_tensors(path, beside) if beside in manifest.files else {}
     try:
@@ -182,14 +195,6 @@ def verify(path: str | Path) -> Report:
     found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
     report.extra = sorted(set(found) - known)
     return report
-
-
-def _check_whole(folder: Path, manifest: Manifest, name: str) -> None:
-    """One pass over a tensor file; a second one, to name the tensor, only if it is damaged."""
-    try:
-        check_file(folder / name, manifest.files[name])
-    except DamagedError as error:
-        raise DamagedError((_damaged_tensors(folder / name, manifest, name) or [str(error)])[0]) from error
 
 
 def _damaged_tensors(file: Path, manifest: Manifest, name: str) -> list[str]:

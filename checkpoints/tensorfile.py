@@ -8,10 +8,13 @@ tensor, and only if it is a view or on another device.
 from __future__ import annotations
 
 import json
+import math
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +50,9 @@ _CODES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHUNK = 1 << 22
+_LENGTH = 8  # bytes of the header's length
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ def write_tensors(
     header = _header(tensors, order)
     whole, size, digests = Digest(algorithm), 0, {}
     with naming(path), open(path, "xb") as file:
-        for piece in (len(header).to_bytes(8, "little"), header):
+        for piece in (len(header).to_bytes(_LENGTH, "little"), header):
             file.write(piece)
             whole.update(piece)
             size += len(piece)
@@ -124,6 +129,42 @@ def read_tensors(
     return result
 
 
+def map_verified(path: Path, record: FileRecord, records: Mapping[str, TensorRecord]) -> dict[str, Tensor]:
+    """All tensors of ``path``, in the order of ``records``, after one pass that compares every byte with ``record``.
+
+    The file is opened once, so the bytes that were compared are the bytes that are used, whatever is put at ``path``
+    meanwhile. Mapped copy-on-write: extra memory is what the caller touches. Raises `MissingError` and `DamagedError`.
+    """
+    check_size(path, record)
+    with reading(path), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < _LENGTH:
+            raise DamagedError(f"{path} is damaged: it has no header.")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    check_bytes(path, memoryview(data), record)
+    try:
+        begin = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        entries = json.loads(data[_LENGTH:begin])
+        del entries["__metadata__"]
+        if stray := set(entries) ^ set(records):
+            raise DamagedError(f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest.")
+        return {name: _restore(_tensor_at(data, begin, entries[name]), records[name], path, name) for name in records}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(f"{path} is damaged: its header cannot be read: {error!r}.") from error
+
+
+def _tensor_at(data: mmap.mmap, begin: int, entry: Mapping[str, Any]) -> Tensor:
+    """The tensor that a header's entry describes; ValueError where it does not lie inside the file."""
+    dtype, shape, (start, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    count = math.prod(shape)
+    if not 0 <= start <= end <= len(data) - begin or end - start != count * dtype.itemsize:
+        raise ValueError(f"{entry} does not fit the file")
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=count, offset=begin + start).reshape(shape)
+
+
 def check_tensor(path: Path, name: str, tensor: Tensor, record: TensorRecord) -> None:
     """Raise `DamagedError` unless the elements of ``tensor`` have the recorded digest."""
     found = digest_of_tensor(tensor, algorithm_of(record.digest))
@@ -136,10 +177,15 @@ def check_file(path: Path, record: FileRecord) -> None:
     check_size(path, record)
     with reading(path), open(path, "rb") as file:
         if record.bytes == 0:
-            found = digest_of_bytes(b"", algorithm_of(record.digest))
+            check_bytes(path, b"", record)
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-                found = digest_of_bytes(view, algorithm_of(record.digest))
+                check_bytes(path, view, record)
+
+
+def check_bytes(path: Path, data: bytes | memoryview, record: FileRecord) -> None:
+    """Raise `DamagedError` unless ``data``, read from ``path``, has the recorded digest."""
+    found = digest_of_bytes(data, algorithm_of(record.digest))
     if found != record.digest:
         raise DamagedError(f"{path} is damaged: digest {found}, expected {record.digest}.")
 

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 import xxhash
 
-from fulgurite.checkpoints import CheckpointError, DamagedError, MissingError, RefusedError, WriteError
+from fulgurite.checkpoints import CheckpointError, DamagedError, MissingError, RefusedError, WriteError, tensorfile
+from fulgurite.checkpoints.digest import digest_of_bytes
 from fulgurite.checkpoints.tensorfile import (
     FileRecord,
     TensorRecord,
@@ -18,6 +19,7 @@ from fulgurite.checkpoints.tensorfile import (
     check_storable,
     dtype_name,
     dtype_of,
+    map_verified,
     read_tensors,
     write_tensors,
 )
@@ -143,6 +145,62 @@ def test_a_file_is_checked_by_size_kind_and_digest(written, tmp_path):
         check_file(tmp_path / "link", whole)
     (tmp_path / "empty").touch()
     check_file(tmp_path / "empty", FileRecord(0, f"sha256:{hashlib.sha256().hexdigest()}"))
+
+
+def test_the_bytes_that_were_compared_are_those_that_are_used(written, monkeypatch):
+    """Another process replaces the file right after its digest was found good."""
+    path, whole, records = written
+
+    def compare_then_replace(data, algorithm):
+        digest = digest_of_bytes(data, algorithm)
+        path.unlink()
+        write_tensors(path, {name: tensor.clone().zero_() for name, tensor in state().items()})
+        return digest
+
+    monkeypatch.setattr(tensorfile, "digest_of_bytes", compare_then_replace)
+    found = map_verified(path, whole, records)
+    monkeypatch.undo()
+    assert list(found) == list(state())
+    assert all(torch.equal(found[name], tensor) for name, tensor in state().items())
+    assert read_tensors(path, records, verify=False)["wide"].abs().sum() == 0
+
+
+def test_mapped_tensors_can_be_changed_and_the_file_stays(written):
+    path, whole, records = written
+    before = path.read_bytes()
+    for tensor in map_verified(path, whole, records).values():
+        tensor.zero_()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[]",
+        b"{}",
+        b"{",
+        b"[" * 100_000,
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [200], "data_offsets": [0, 800]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [1e9], "data_offsets": [0, 8]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]}}',
+        b'{"__metadata__": {}, "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}',
+        b'{"__metadata__": {}, "a": [], "b": {}}',
+    ],
+)
+def test_nonsense_with_the_right_digest_is_damage(header, tmp_path):
+    path, records = tmp_path / "x", {"a": TensorRecord("float32", [2], "xxh3_128:00")}
+    for length in (len(header), 1 << 60):
+        data = length.to_bytes(8, "little") + header + bytes(8)
+        path.write_bytes(data)
+        with pytest.raises(DamagedError, match=str(path)):
+            map_verified(path, FileRecord(len(data), digest_of_bytes(data)), records)
+    for data in (b"", b"1234567"):
+        path.write_bytes(data)
+        with pytest.raises(DamagedError, match="no header"):
+            map_verified(path, FileRecord(len(data), digest_of_bytes(data)), records)
 
 
 @pytest.mark.parametrize(
