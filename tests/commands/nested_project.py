@@ -71,7 +71,9 @@ class Late(Net):
 
             grouped(dict(self.named_parameters()), [ParamGroup("nope", 0.1)])
         if self.how == "package slip":
-            from fulgurite.commands.runs import names_in
+            from fulgurite.modules.facts import read_facts
 
-            names_in(0)
+            read_facts({})  # a KeyError
+        if self.how == "own":
+            raise ValueError("raised on purpose, in the user's own code")
         return int("x")

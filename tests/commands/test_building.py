@@ -136,7 +136,7 @@ def test_the_packages_own_classes_are_told_alike(name, cli, stream_config, proje
     assert not list((project / "runs").glob("*/*"))
 
 
-@pytest.mark.parametrize("how", ["slip", "package", "package slip"])
+@pytest.mark.parametrize("how", ["slip", "own", "package", "package slip"])
 def test_what_fails_at_set_up_is_bad_input_only_where_the_package_refuses_it(how, nested):
     argv = ("--model", "nested_project.Late", f"--model.how={how}", "--data", "toy_project.Data")
     if how == "package":
@@ -145,5 +145,5 @@ def test_what_fails_at_set_up_is_bad_input_only_where_the_package_refuses_it(how
         assert "pattern 'nope' matches none of the trained tensors" in err
         assert "Traceback" not in err
     else:
-        with pytest.raises((ValueError, AttributeError)):
+        with pytest.raises((ValueError, KeyError)):
             nested(*argv)
