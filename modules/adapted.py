@@ -6,6 +6,7 @@ is named by its digest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,7 +30,7 @@ from fulgurite.samples import Collator, DataInfo, Stage, stage_of
 INITIAL = "initial"
 
 
-class AdaptedModule(pl.LightningModule):
+class AdaptedModule(pl.LightningModule, ABC):
     """One live adapter set, a copy of it before training, and the sets that a subclass adds.
 
     A subclass says what a batch is for (the steps), and in `build` what else depends on the data.
@@ -94,6 +95,7 @@ class AdaptedModule(pl.LightningModule):
         self.info, self.stages = info, tuple(stages)
         self.build(info, self.stages)
 
+    @abstractmethod
     def build(self, info: DataInfo, stages: Sequence[Stage]) -> None:
         """What else of the module has a shape that depends on the data; called once for these data."""
 
