@@ -36,6 +36,9 @@ class Adapted(pl.LightningModule):
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k.startswith("adapter.")}
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
+        if strict:
+            assert state_dict.keys() == self.state_dict().keys()
+        # The names were compared above; only the frozen backbone may be missing.
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def configure_model(self):
