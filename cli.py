@@ -24,8 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("fulgurite.commands.train", "answer questions and write predictions.jsonl"),
     "features": ("fulgurite.commands.features", "extract frame features once and store them"),
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
-    "verify": ("fulgurite.commands.verify", "check every digest of a checkpoint"),
-    "inspect": ("fulgurite.commands.inspection", "print what a checkpoint holds and where it came from"),
+    "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, adapters, stores"),
+    "inspect": ("fulgurite.commands.inspection", "print what runs and checkpoints hold, and where they came from"),
 }
 
 EXIT_CODES = """\

@@ -31,7 +31,8 @@ class QAOutput:
 class FrozenBackbone(nn.Module, ABC):
     """A frozen pretrained model, whatever its task.
 
-    A subclass fills `spec` in its constructor and calls `freeze` last. Parameter names are those of the pretrained
+    A subclass fills `spec` and `source`, the name or path of its pretrained weights, in its constructor and calls
+    `freeze` last. Parameter names are those of the pretrained
     model and never change: adapters attach through hooks.
 
     Args:
@@ -40,6 +41,7 @@ class FrozenBackbone(nn.Module, ABC):
     """
 
     spec: ModelSpec
+    source: str
 
     def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
         super().__init__()

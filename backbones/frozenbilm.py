@@ -132,6 +132,7 @@ class FrozenBiLM(VideoQABackbone):
             if frame_encoder.tokens != 1:
                 raise ValueError(f"frame_encoder gives {frame_encoder.tokens} tokens per frame; set its grid to 0")
             features, feature_dim = frame_encoder.name, frame_encoder.width
+        self.source = str(checkpoint or model)
         self.features, self.feature_dim, self.max_frames = features, feature_dim, max_frames
         self.max_tokens, self.max_answer_tokens = max_tokens, max_answer_tokens
         self.suffix = f'"{suffix}"' if suffix_quoted else suffix
@@ -185,6 +186,7 @@ class FrozenBiLM(VideoQABackbone):
             )
         # Assigned, not copied: a language model of gigabytes is in memory once.
         fitting = {name: tensor.to(own[name].device, own[name].dtype) for name, tensor in state.items()}
+        # All names and shapes were compared above; what may be missing is in not_in_checkpoint.
         self.load_state_dict(fitting, strict=False, assign=True)
         if checkpoint is not None and self.not_in_checkpoint:
             names = ", ".join(self.not_in_checkpoint)

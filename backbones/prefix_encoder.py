@@ -122,7 +122,7 @@ class PrefixEncoder(VideoQABackbone):
             width = config.hidden_size
             if frame_encoder is not None:
                 self.video_projection = nn.Linear(frame_encoder.width * (2 if use_time else 1), width)
-        self.sampling = FrameSampling("uniform", num_frames)
+        self.source, self.sampling = text, FrameSampling("uniform", num_frames)
         self.max_tokens, self.temperature = max_tokens, temperature
         self.routing_layer, self.use_time = routing_layer, use_time
         self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)

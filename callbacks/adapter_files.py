@@ -133,7 +133,7 @@ class AdapterFolders(pl.Callback):
         sets = {INITIAL: INITIAL} | {name: name for name in stages[: pl_module.stage] if name in bank.names}
         if pl_module.stage >= 0:
             sets[stages[pl_module.stage]] = bank.live
-        base = {"source": source_of(pl_module), "digest": pl_module.base_digest}
+        base = {"source": pl_module.backbone.source, "digest": pl_module.base_digest}
         for stage, name in sets.items():
             folder = Path(trainer.default_root_dir) / "adapters" / stage
             adapters = bank.sets[name].values()
@@ -148,8 +148,3 @@ class AdapterFolders(pl.Callback):
             state = gather(state, trainer.is_global_zero)
             if trainer.is_global_zero:
                 save_checkpoint_folder(folder, {"adapters": state}, kind="delta", base=base, facts=facts)
-
-
-def source_of(module: AdaptedModule) -> str:
-    """Name or path of the pretrained weights under the adapters; the backbone's class where it states none."""
-    return getattr(module.backbone, "source", None) or type(module.backbone).__name__

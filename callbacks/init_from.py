@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fulgurite.checkpoints import MismatchError, load_tensors, read_manifest
+from fulgurite.checkpoints import MismatchError, load_tensors, naming_another, read_manifest
 
 MAX_LISTED = 10
 
@@ -29,9 +29,10 @@ class InitialWeights(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the weights. Raises ``MismatchError`` with all that does not fit."""
-        weights = load_tensors(self.path)
+        with naming_another(self.path):
+            weights, manifest = load_tensors(self.path), read_manifest(self.path)
         if hasattr(pl_module, "base_digest"):
-            read_manifest(self.path).require_base(pl_module.base_digest, str(self.path))
+            manifest.require_base(pl_module.base_digest, str(self.path))
         if hasattr(pl_module, "initial_weights"):
             weights = pl_module.initial_weights(weights)
         targets = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
@@ -48,4 +49,5 @@ class InitialWeights(Callback):
                 f"init_from {self.path}: {len(problems)} tensors do not fit this module:\n  {shown}\n"
                 "Use the settings that the checkpoint was made with."
             )
+        # Every name and shape was compared; only what is frozen may be missing.
         trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=False)

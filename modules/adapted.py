@@ -185,6 +185,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         """
         if strict:
             require_same_tensors(self.state_dict(), state_dict)
+        # Names and shapes were compared; only the frozen backbone, which no checkpoint holds, is missing.
         return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -193,7 +194,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         checkpoint["fulgurite"] = {
             **checkpoint.get("fulgurite", {}),
             "kind": "delta",
-            "base": {"source": type(self.backbone).__name__, "digest": self.base_digest},
+            "base": {"source": self.backbone.source, "digest": self.base_digest},
             "info": asdict(self.info),
             "info_digest": self.info.digest,
             "stages": [asdict(s) for s in self.stages],

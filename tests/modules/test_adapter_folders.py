@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from fulgurite.callbacks.adapter_files import AdapterFolders, read_peft_folder, source_of
+from fulgurite.callbacks.adapter_files import AdapterFolders, read_peft_folder
 from fulgurite.checkpoints import load_tensors, read_manifest, verify
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.adapters.lora import LoRA
@@ -41,10 +41,10 @@ def test_lora_sets_are_folders_of_peft(make_module, make_data, make_trainer, tmp
     make_trainer(callbacks=[AdapterFolders()], max_epochs=1).fit(module, datamodule=make_data(("red",), 1))
     folder = tmp_path / "adapters" / "red"
     config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", source_of(module))
+    assert (config["peft_type"], config["base_model_name_or_path"]) == ("LORA", module.backbone.source)
     assert verify(folder).ok
     assert verify(folder).extra == []
-    assert read_manifest(folder).base == {"source": source_of(module), "digest": module.base_digest}
+    assert read_manifest(folder).base == {"source": module.backbone.source, "digest": module.base_digest}
     again = lora_module()
     read_peft_folder(again.bank, "live", folder, base_digest=module.base_digest)
     trained = dict(module.bank.sets["live"].named_parameters())
