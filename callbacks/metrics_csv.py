@@ -22,8 +22,8 @@ class MetricsCSV(Logger):
     appearance.
 
     A resumed run keeps the rows of the earlier part up to the first step that it logs, and of that step those with
-    other metrics, so that nothing appears twice. Rows are held in memory (about 100 bytes per value) and the whole file is
-    replaced at most every ten seconds, with every checkpoint and at the end, so a reader always finds a complete
+    other metrics, so that nothing appears twice. Rows are held in memory (about 100 bytes per value) and the whole file
+    is replaced at most every ten seconds, with every checkpoint and at the end, so a reader always finds a complete
     file and a killed run loses no row that its checkpoint stands on. Only rank 0 writes.
     """
 

@@ -10,13 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from fulgurite.callbacks.gather import gather_rows
 from fulgurite.checkpoints import write_bytes, write_text
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.reports import ReportSource, Section, render_page
-from fulgurite.reports.tables import html_table
+from fulgurite.reports.tables import html_table, plain_table
 from fulgurite.samples import Sample
 
 LIBRARIES = ("fulgurite", "torch", "lightning", "transformers", "timm", "torchmetrics")
@@ -25,11 +25,11 @@ LIBRARIES = ("fulgurite", "torch", "lightning", "transformers", "timm", "torchme
 class Report(Callback):
     """Writes ``report.html``, the sections' pictures and ``answers.jsonl`` into the run or evaluation folder.
 
-    Hook: ``on_test_end``, after every metric is computed. Each rank brings the module's ``test_answers``; all
-    ranks get them all, in the order of the data, and rank 0 writes and prints. Sections come from the
-    module's ``report_sections`` (see `ReportSource`); a module without one gets the table of its metrics.
-    Nothing is stored in checkpoints; a second test writes the same files again. With ``fast_dev_run`` nothing
-    is written.
+    Hooks: ``on_validation_end`` of ``validate``, which prints the metrics alone; ``on_test_end``, after every metric is
+        computed. Each rank brings the module's ``test_answers``; rank 0 gets them all, in the order of the data, writes
+        and prints. Sections come from the module's ``report_sections`` (see `ReportSource`); where none of them has a
+        table for the terminal, that of the metrics is printed. Nothing is stored in checkpoints; a second test writes
+        the same files again. With ``fast_dev_run`` nothing is written.
 
     Args:
         title: of the page; the name of the folder that holds the run by default.
@@ -38,22 +38,29 @@ class Report(Callback):
     def __init__(self, title: str | None = None) -> None:
         self.title = title
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics of ``validate``; a fit shows its own in the progress bar."""
+        if trainer.state.fn == "validate" and trainer.is_global_zero:
+            show([metrics_section(trainer.callback_metrics, printed=True)])
+
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather, write, print."""
         data = trainer.datamodule
         samples = data.samples("test") if isinstance(data, FulguriteDataModule) else []
         answers = getattr(pl_module, "test_answers", None)
         if answers is not None:
-            pl_module.test_answers = in_order(gather(answers), samples)
+            answers = gather_rows(answers)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
+        if answers is not None:
+            answers = pl_module.test_answers = in_order(answers, samples)
         folder = Path(trainer.default_root_dir)
         sections = list(pl_module.report_sections(samples)) if isinstance(pl_module, ReportSource) else []
-        sections.append(metrics_section(trainer.callback_metrics))
+        sections.append(metrics_section(trainer.callback_metrics, all(s.printed is None for s in sections)))
         for name, content in {n: c for s in sections for n, c in s.files.items()}.items():
             write_bytes(folder / name, content)
         if answers is not None:
-            lines = [json.dumps(row, ensure_ascii=False) for row in pl_module.test_answers]
+            lines = [json.dumps(row, ensure_ascii=False) for row in answers]
             write_text(folder / "answers.jsonl", "".join(f"{line}\n" for line in lines))
         title = self.title or folder.resolve().name
         subtitle = f"{type(pl_module).__name__} on {type(data).__name__}" if data else type(pl_module).__name__
@@ -61,19 +68,10 @@ class Report(Callback):
             title,
             subtitle,
             sections,
-            run_facts(trainer, len(samples if answers is None else pl_module.test_answers), folder),
+            run_facts(trainer, len(samples if answers is None else answers), folder),
         )
         write_text(folder / "report.html", page)
         show(sections, folder / "report.html")
-
-
-def gather(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of all ranks, on every rank. Holds all of them in memory twice."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return rows
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, rows)
-    return [row for part in parts for row in part]
 
 
 def in_order(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -82,11 +80,11 @@ def in_order(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[
     return sorted(rows, key=lambda r: (place.get((r["domain"], r["id"]), len(place)), str(r["domain"]), str(r["id"])))
 
 
-def metrics_section(metrics: Mapping[str, Any]) -> Section:
-    """All logged metrics, by name."""
-    rows = [[name, f"{float(value):.4f}"] for name, value in sorted(metrics.items())]
-    table = html_table(["metric", "value"], rows)
-    return Section("Metrics", f"<details><summary>{len(rows)} values</summary>{table}</details>", order=1)
+def metrics_section(metrics: Mapping[str, Any], printed: bool) -> Section:
+    """All logged metrics, by name; ``printed`` on the terminal where no other section has a table for it."""
+    header, rows = ["metric", "value"], [[name, f"{float(value):.4f}"] for name, value in sorted(metrics.items())]
+    html = f"<details><summary>{len(rows)} values</summary>{html_table(header, rows)}</details>"
+    return Section("Metrics", html, order=1, printed=plain_table("Metrics", header, rows) if printed and rows else None)
 
 
 def run_facts(trainer: Trainer, questions: int, folder: Path) -> dict[str, str]:
@@ -109,8 +107,8 @@ def run_facts(trainer: Trainer, questions: int, folder: Path) -> dict[str, str]:
     return facts
 
 
-def show(sections: Sequence[Section], page: Path) -> None:
-    """What the sections have for the terminal, at least as wide as it must be, and where the page lies."""
+def show(sections: Sequence[Section], page: Path | None = None) -> None:
+    """What the sections have for the terminal, at least as wide as it must be, and where the page lies, if any."""
     from rich.console import Console
     from rich.measure import Measurement
 
@@ -122,4 +120,5 @@ def show(sections: Sequence[Section], page: Path) -> None:
             wide = console.options.update(max_width=10_000)
             console.width = max(console.width, Measurement.get(console, wide, section.printed).minimum)
             console.print(section.printed)
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    if page is not None:
+        console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

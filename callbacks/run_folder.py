@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
+from fulgurite.callbacks.gather import gather_rows
 from fulgurite.checkpoints import write_json, write_text
+from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.samples import Sample
 
 
 class RunFolder(Callback):
@@ -34,6 +38,7 @@ class RunFolder(Callback):
     def __init__(self, path: Path, config: str) -> None:
         self.path = path
         self.config = config
+        self.announced = False
         self.metrics: dict[str, float | None] = {}
         self.predictions: list[tuple[tuple[int, int, int, int], dict[str, Any]]] = []
 
@@ -43,7 +48,9 @@ class RunFolder(Callback):
         trainer._default_root_dir = str(self.path)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_text(self.path / "config.yaml", self.config)
-            rank_zero_info(f"run folder: {self.path}")
+            if not self.announced:  # a test after the fit has the same folder
+                rank_zero_info(f"run folder: {self.path}")
+            self.announced = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the config into the manifest, so that the checkpoint can be loaded wherever it is moved to."""
@@ -100,13 +107,12 @@ class RunFolder(Callback):
         Rank r of W holds the items r::W of every global batch, so sorting by (loader, batch, position, rank)
         gives the order of the data back. All rows are held in memory once, on rank 0 twice.
         """
-        rows, self.predictions = self.predictions, []
-        if trainer.world_size > 1:
-            parts: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-            dist.gather_object(rows, parts)
-            rows = [row for part in parts or [] for row in part]
+        rows, self.predictions = gather_rows(self.predictions), []
         if trainer.is_global_zero and not trainer.fast_dev_run:
             ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]
+            data = trainer.datamodule
+            if isinstance(data, FulguriteDataModule):
+                ordered = with_questions(ordered, data.samples("predict"))
             lines = (json.dumps(row, ensure_ascii=False) for row in ordered)
             write_text(self.path / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
             rank_zero_info(f"{len(ordered):,} predictions: {self.path / 'predictions.jsonl'}")
@@ -117,6 +123,20 @@ class RunFolder(Callback):
             self.metrics[name] = number if math.isfinite(number) else None
         if trainer.is_global_zero and not trainer.fast_dev_run:
             write_json(self.path / "metrics.json", dict(sorted(self.metrics.items())))
+
+
+def with_questions(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Rows with the domain, question and video of their samples, which are in the same order.
+
+    A row of another id than the sample in its place stays as it is, and so does what a row has itself.
+    """
+    joined = []
+    for row, sample in zip_longest(rows, samples[: len(rows)]):
+        if sample is not None and row.get("id") == sample.id:
+            video = None if sample.video is None else str(sample.video.path)
+            row = {"id": sample.id, "domain": sample.domain, "question": sample.question, "video": video, **row}
+        joined.append(row)
+    return joined
 
 
 def plain(value: Any) -> Any:

@@ -30,6 +30,9 @@ EXPECTED = (
     r"The '\w+' does not have many workers",  # features are cached, so workers would only cost their start
     r"It is recommended to use `self\.log\(.*sync_dist=True",  # metrics are reduced before they are logged
 )
+# The same, of a run that goes on in its own folder, and of a checkpoint that is only evaluated.
+RESUMED = r"Checkpoint directory .* exists and is not empty"
+EVALUATED = r"The dirpath has changed from "
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -40,10 +43,11 @@ def run(command: str, argv: list[str]) -> int:
         DataError, CheckpointError: what the run reads is not as it must be.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
-    for message in EXPECTED:
-        warnings.filterwarnings("ignore", message=message)
     invocation = Invocation.of(command, argv)
     plan = plan_of(invocation)
+    more = [EVALUATED] if command != "fit" else [RESUMED] if plan.checkpoint is not None else []
+    for message in (*EXPECTED, *more):
+        warnings.filterwarnings("ignore", message=message)
     if plan.stored is not None:
         invocation = invocation.on_top_of(plan.stored)
     with imports_allowed(invocation.allow):

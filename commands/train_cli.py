@@ -120,6 +120,8 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Lightning's arguments of the Trainer method, and this project's own."""
         self.method_names = parser.add_method_arguments(Trainer, self.invocation.command, skip=NOT_OPTIONS)
+        if "verbose" in self.method_names:
+            parser.set_defaults(verbose=False)  # Lightning's own table; `Report` prints this project's
         parser.add_lightning_class_args(PublishedCheckpoint, "checkpoint")
         parser.add_argument("--experiment", type=str | None, help="name; default: that of the first config")
         parser.add_argument("--runs", type=str, default="runs", help="folder of all runs")
@@ -182,7 +184,7 @@ class TrainCLI(LightningCLI):
             settings["plugins"].append(DigestCheckpointIO())
         ours = [RunFolder(self.folder, self.written()), RandomStates(), AccumulatedGradients(), Interruption()]
         callbacks = [*ours, *as_list(settings["callbacks"])]
-        if self.invocation.command in ("fit", "test") and not any(isinstance(c, Report) for c in callbacks):
+        if self.invocation.command != "predict" and not any(isinstance(c, Report) for c in callbacks):
             callbacks.append(Report(self.config.experiment))
         if self.invocation.command == "fit":
             callbacks.append(AdapterFolders())
@@ -229,9 +231,9 @@ class TrainCLI(LightningCLI):
         return new_run(experiment.parent, experiment.name), None
 
     def _loggers(self) -> list[Logger]:
-        from lightning.pytorch.loggers import TensorBoardLogger
+        from fulgurite.callbacks.events import Events
 
-        return [TensorBoardLogger(self.folder, name="", version=""), MetricsCSV(self.folder)]
+        return [Events(self.folder, name="", version=""), MetricsCSV(self.folder)]
 
 
 def as_list(value: Any) -> list:

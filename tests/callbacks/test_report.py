@@ -1,12 +1,7 @@
 import json
-import os
-import socket
-import subprocess
-import sys
 from importlib.metadata import version
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -37,6 +32,9 @@ class Silent(pl.LightningModule):
     def test_step(self, batch, batch_idx):
         self.log("test/loss", torch.tensor(0.25))
 
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", torch.tensor(0.5))
+
 
 class Data(FulguriteDataModule):
     def read(self, split):
@@ -52,8 +50,8 @@ class Data(FulguriteDataModule):
         return DataLoader([0, 1])
 
 
-def run(folder, module, **options):
-    trainer = pl.Trainer(
+def trainer_of(folder, **options):
+    return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         logger=False,
@@ -63,7 +61,10 @@ def run(folder, module, **options):
         callbacks=[Report("A & B")],
         **options,
     )
-    trainer.test(module, datamodule=Data(), verbose=False)
+
+
+def run(folder, module, **options):
+    trainer_of(folder, **options).test(module, datamodule=Data(), verbose=False)
 
 
 def test_writes_page_pictures_and_answers_in_order(tmp_path, capsys):
@@ -115,27 +116,18 @@ def test_rows_of_no_sample_come_last():
     assert [r["id"] for r in in_order(rows, SAMPLES)] == ["c", "a", "y", "z"]
 
 
-SCRIPT = """
-import json, os, torch.distributed as dist
-from fulgurite.callbacks.report import gather
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-print(json.dumps(gather([{"id": f"{rank}-{i}"} for i in range(2 + rank)])))
-"""
+def test_a_table_of_metrics_is_printed_where_no_section_has_one(tmp_path, capsys):
+    run(tmp_path, Silent())
+    printed = capsys.readouterr().out
+    assert [line.split() for line in printed.splitlines() if "test/loss" in line] == [["test/loss", "0.2500"]]
+    run(tmp_path, Answers())
+    assert "test/accuracy" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("world", [2])
-def test_all_ranks_get_all_rows_of_uneven_ranks(world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT], env=common | {"RANK": str(r)}, stdout=subprocess.PIPE, text=True
-        )
-        for r in range(world)
+def test_validate_prints_its_metrics_and_writes_nothing(tmp_path, capsys):
+    trainer = trainer_of(tmp_path)
+    trainer.validate(Silent(), DataLoader([0, 1]), verbose=False)
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if "val/loss" in line] == [
+        ["val/loss", "0.5000"]
     ]
-    outputs = [json.loads(r.communicate(timeout=120)[0]) for r in ranks]
-    assert [row["id"] for row in outputs[0]] == ["0-0", "0-1", "1-0", "1-1", "1-2"]
-    assert outputs[0] == outputs[1]
+    assert list(tmp_path.iterdir()) == []

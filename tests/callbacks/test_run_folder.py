@@ -1,15 +1,17 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fulgurite.callbacks.run_folder import RunFolder, plain
+from fulgurite.callbacks.run_folder import RunFolder, plain, with_questions
+from fulgurite.samples import Sample, Video
 
 
 def trainer_of(**settings):
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    defaults = {"strategy": strategy, "is_global_zero": True, "fast_dev_run": False, "world_size": 1}
+    defaults = {"strategy": strategy, "is_global_zero": True, "fast_dev_run": False, "datamodule": None}
     return SimpleNamespace(**{**defaults, "global_rank": 0, "callback_metrics": {}, **settings})
 
 
@@ -49,13 +51,26 @@ def test_predictions_of_two_ranks_are_interleaved(tmp_path, monkeypatch):
             rows = [{"id": item, "scores": torch.tensor([item, 0.5])} for item in batch]
             ranks[rank].on_predict_batch_end(trainer_of(global_rank=rank), None, rows, None, index)
 
-    def gather(rows, parts):
-        parts[:] = [rows, ranks[1].predictions]
-
-    monkeypatch.setattr("torch.distributed.gather_object", gather)
-    ranks[0].on_predict_end(trainer_of(world_size=2), None)
+    both = ranks[0].predictions + ranks[1].predictions
+    monkeypatch.setattr("fulgurite.callbacks.run_folder.gather_rows", lambda rows: both)
+    ranks[0].on_predict_end(trainer_of(), None)
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"id": n, "scores": [n, 0.5]} for n in range(7)]
+
+
+def test_rows_get_the_question_and_the_video_of_the_sample_in_their_place():
+    samples = [
+        Sample(id="a", domain="d", question="Who?", video=Video(Path("v/a.mp4"))),
+        Sample(id="b", domain="e", question="What?"),
+        Sample(id="c", domain="e", question="Not asked"),
+    ]
+    rows = [{"id": "a", "answer": "x"}, {"id": "b", "question": "kept", "answer": "y"}]
+    assert with_questions(rows, samples) == [
+        {"id": "a", "domain": "d", "question": "Who?", "video": "v/a.mp4", "answer": "x"},
+        {"id": "b", "domain": "e", "question": "kept", "video": None, "answer": "y"},
+    ]
+    assert list(with_questions(rows, samples)[0]) == ["id", "domain", "question", "video", "answer"]
+    assert with_questions([{"id": "b"}, {"other": 1}], samples) == [{"id": "b"}, {"other": 1}]
 
 
 @pytest.mark.parametrize("outputs", [torch.zeros(2), None, [1, 2], {"id": 1}])

@@ -74,6 +74,17 @@ def test_run_and_checkpoint_give_the_module_of_the_trainer(stream_run, stream_co
     torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=0, atol=0, equal_nan=True)
 
 
+def test_predictions_name_their_question_and_video(stream_run, stream_folder):
+    _, stored = stream_run
+    asked = {
+        (folder.name, f"{folder.name}/{row['id']}"): (row["question"], str(folder / row["video"]))
+        for folder in stream_folder.iterdir()
+        for row in map(json.loads, (folder / "test.jsonl").read_text().splitlines())
+    }
+    assert len(stored) == len(asked)
+    assert {(row["domain"], row["id"]): (row["question"], row["video"]) for row in stored} == asked
+
+
 def test_a_moved_checkpoint_folder_is_enough(stream_run, stream_config, tmp_path):
     run, stored = stream_run
     moved = shutil.copytree(newest_checkpoint(run), tmp_path / "elsewhere")

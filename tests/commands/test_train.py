@@ -2,6 +2,7 @@ import json
 import re
 import signal
 import sys
+import warnings
 
 import pytest
 import torch
@@ -174,6 +175,43 @@ def test_test_after_fit_adds_its_metrics(cli, project):
     metrics = json.loads((project / "run" / "metrics.json").read_text())
     assert metrics.keys() == {"train/loss", "val/loss", "test/loss"}
     assert metrics["test/loss"] == pytest.approx(metrics["val/loss"])
+
+
+def test_each_figure_is_printed_once_in_this_projects_table(cli, trained):
+    for command, name in (("test", "test/loss"), ("validate", "val/loss")):
+        code, out, _ = cli(command, "--ckpt_path", trained)
+        assert code == 0
+        assert out.count(name) == 1
+        assert "Metrics" in out
+
+
+def test_nothing_untrue_is_said_of_folders(cli, project):
+    code, out, err = cli("fit", "--config", "toy.yaml", "--test_after_fit", "true", "--run", "run")
+    assert code == 0
+    assert (out + err).count("run folder: ") == 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert cli("test", "--ckpt_path", "run")[0] == 0
+        assert cli("fit", "--resume", "run", "--trainer.max_epochs", "2")[0] == 0
+    texts = [str(warning.message) for warning in said]
+    assert not [text for text in texts if "dirpath has changed" in text or "is not empty" in text]
+
+
+def test_a_checkpoint_folder_of_something_else_is_still_warned_of(cli, project):
+    (project / "full").mkdir()
+    (project / "full" / "x").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert cli("fit", "--config", "toy.yaml", "--checkpoint.dirpath", "full")[0] == 0
+    assert [warning for warning in said if "is not empty" in str(warning.message)]
+
+
+def test_no_empty_file_of_hyper_parameters_is_written(cli, project):
+    assert cli("fit", "--config", "toy.yaml", "--model", "toy_project.Plain", "--run", "plain")[0] == 0
+    assert list((project / "plain").glob("events.out.tfevents*"))
+    assert not (project / "plain" / "hparams.yaml").exists()
+    assert cli("fit", "--config", "toy.yaml", "--run", "saved")[0] == 0
+    assert "lr: 0.001" in (project / "saved" / "hparams.yaml").read_text()
 
 
 def test_lightnings_flags_keep_their_meaning(cli, project):

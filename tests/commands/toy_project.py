@@ -43,6 +43,13 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), self.lr)
 
 
+class Plain(Net):
+    """Saves no hyper-parameters."""
+
+    def save_hyperparameters(self):
+        pass
+
+
 class Slow(Net):
     """Says which step it is at, and takes its time."""
 
