@@ -1,0 +1,115 @@
+"""The table of faults: what was done to runs and checkpoints, and what was left of them.
+
+A test takes `tally` and says how many faults it injected, and how many were survived (a good version is left) or
+detected (a typed error that names the place). Other tests that inject faults are listed in `ROWS`: each counts as one.
+`make test-faults` runs them all and prints the table.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+
+ATOMIC, STORE, FINITE = "checkpoints/test_atomic.py", "checkpoints/test_store.py", "callbacks/test_finite.py"
+# Row: what, and the tests elsewhere that belong to it, by the beginning of their path below tests/.
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "A1": ("kill -9 anywhere in a run, resumed to the same weights", ("test_resume.py::test_killed_in",)),
+    "A2": ("kill -9 inside the writer, at every point and time", (f"{ATOMIC}::test_kill", f"{ATOMIC}::test_two_kills")),
+    "A3": ("kill -9 with TMPDIR on another file system", ()),
+    "A4": ("two writers in one folder", ("checkpoints/test_lock.py::",)),
+    "B1": ("files cut short or made longer", (f"{STORE}::test_every_truncation",)),
+    "B2": (
+        "one bit flipped in any file",
+        (f"{STORE}::test_every_changed", "checkpoints/test_audit.py::test_a_flipped"),
+    ),
+    "B3": (
+        "swapped, foreign, missing, doubled files and tensors",
+        (f"{STORE}::test_swapped", f"{STORE}::test_missing"),
+    ),
+    "B4": (
+        "weights of another shape, set, backbone or data",
+        (
+            "checkpoints/test_tensorfile.py::test_records_of_another",
+            "checkpoints/test_manifest.py::test_another_base",
+            "commands/test_train.py::test_initial_weights",
+            "modules/test_continual_video_qa.py::test_other_",
+            "callbacks/test_adapter_files.py::test_another_backbone",
+        ),
+    ),
+    "C1": ("disk full", (f"{ATOMIC}::test_disk_full", f"{ATOMIC}::test_a_real_size")),
+    "C2": ("folder read-only, removed or replaced", (f"{ATOMIC}::test_read_only", f"{ATOMIC}::test_a_parent")),
+    "D1": ("hostile pickles in every file that is read", ("checkpoints/test_unpickle.py::",)),
+    "D2": ("hostile class paths in settings", ("commands/test_loading.py::test_a_foreign",)),
+    "D3": ("hostile YAML", ("commands/test_yaml_loader.py::test_hostile", "commands/test_explain.py::test_a_foreign")),
+    "D4": (
+        "zip bombs, links and paths that leave the folder",
+        (f"{STORE}::test_a_link", f"{STORE}::test_names_that", "checkpoints/test_manifest.py::test_wrong"),
+    ),
+    "E1": ("NaN or infinity in loss, gradient or weights", (f"{FINITE}::",)),
+    "F1": ("a rank raises, dies, leaves or hangs", ()),
+    "F2": ("uneven data on two ranks", ("test_two_processes.py::test_every_question", "modules/test_ranks.py::")),
+    "F3": ("ranks with another seed, config or data", ()),
+    "G1": ("resume from every step, bitwise", ("test_resume.py::test_resumed", "test_resume.py::test_also")),
+    "G2": (
+        "another number of ranks, another strategy",
+        ("callbacks/test_strategy.py::", "test_two_processes.py::test_one"),
+    ),
+    "G3": ("checkpoints of released formats", ()),
+    "H1": ("readers fed with mutated files", ("checkpoints/test_tensorfile.py::test_only_typed",)),
+    "H2": ("round trips of arbitrary values", (f"{STORE}::test_round", "checkpoints/test_treejson.py::test_round")),
+    "I1": (
+        "SIGTERM, SIGINT, SIGUSR1, once and twice",
+        ("test_resume.py::test_stopped", "test_cli.py::test_a_process_ended"),
+    ),
+    "I2": ("saves and deletions without end", ()),
+    "J1": ("kills between save and delete", ("checkpoints/test_retention.py::test_killed",)),
+}
+
+
+@dataclass
+class Tally:
+    """Adds to a row of the table; what is neither survived nor detected is lost."""
+
+    properties: list
+
+    def __call__(self, row: str, injected: int, survived: int) -> None:
+        assert row in ROWS
+        self.properties.append(("fault", (row, injected, survived)))
+
+
+@pytest.fixture
+def tally(request):
+    return Tally(request.node.user_properties)
+
+
+def row_of(test):
+    """The row that a test elsewhere belongs to, by its id."""
+    path = test.removeprefix("tests/")
+    return next((row for row, (_, tests) in ROWS.items() if path.startswith(tests or ("/",))), None)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print the table where the slow tests were asked for too."""
+    if config.option.markexpr == "not slow":
+        return
+    counts = {row: [0, 0, 0, 0.0] for row in ROWS}
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        if report.when != "call":
+            continue
+        told = [value for name, value in report.user_properties if name == "fault"]
+        row = told[0][0] if told else row_of(report.nodeid)
+        if row is None:
+            continue
+        for name, injected, survived in told or [(row, 1, int(report.passed))]:
+            counts[name][0] += injected
+            counts[name][1] += survived
+        counts[row][2] += report.failed
+        counts[row][3] += report.duration
+    write = terminalreporter.write_line
+    terminalreporter.section("faults")
+    write(f"{'row':4}{'what':58}{'injected':>9}{'survived':>9}{'lost':>6}{'seconds':>9}")
+    for row, (injected, survived, failed, seconds) in counts.items():
+        lost = injected - survived
+        note = f"  {failed} failed" if failed else "" if injected else "  not run"
+        write(f"{row:4}{ROWS[row][0]:58}{injected:9,}{survived:9,}{lost:6,}{seconds:9.1f}{note}")
+    total, good = (sum(entry[i] for entry in counts.values()) for i in (0, 1))
+    write(f"{'':4}{'together':58}{total:9,}{good:9,}{total - good:6,}{sum(e[3] for e in counts.values()):9.1f}")
