@@ -21,6 +21,8 @@ from fulgurite.checkpoints import (
     remove,
     save_checkpoint_folder,
 )
+from fulgurite.checkpoints.shards import Stored
+from fulgurite.checkpoints.store import sharded_tensors
 
 MANIFEST_KEY = "fulgurite"
 METRICS_KEY = "fulgurite_metrics"
@@ -49,9 +51,7 @@ class DigestCheckpointIO(CheckpointIO):
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} takes no storage_options, got {storage_options!r}")
-        state = dict(checkpoint)
-        weights, state["state_dict"] = _take_tensors(state.get("state_dict", {}))
-        save_checkpoint_folder(path, {"weights": weights}, {"state": state}, **manifest_fields(checkpoint))
+        save_checkpoint_folder(path, *stored_form(checkpoint), **manifest_fields(checkpoint))
 
     def load_checkpoint(
         self,
@@ -65,10 +65,19 @@ class DigestCheckpointIO(CheckpointIO):
         else than plain values can be in it. Raises `CheckpointError`; about damage, it names the newest good
         checkpoint beside this one.
         """
+        return self.read(path)
+
+    def read(self, path: str | Path, lazy: bool = False) -> dict[str, Any]:
+        """As `load_checkpoint`; with ``lazy``, tensors stored in slices stay in their files as `Stored`."""
         with naming_another(path):
             manifest = read_manifest(path)
-            checkpoint = load_document(path, "state")
-            weights = load_tensors(path, "weights")
+            checkpoint = load_document(path, "state", lazy)
+            slices = sharded_tensors(path, "weights")
+            if lazy and slices:
+                plain = (name for name in manifest.tensors["weights.safetensors"])
+                weights = {**load_tensors(path, "weights", plain), **{name: Stored(slices, name) for name in slices}}
+            else:
+                weights = load_tensors(path, "weights")
         try:
             checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], weights)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -80,6 +89,13 @@ class DigestCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder at once: no reader meets half of it."""
         remove(path)
+
+
+def stored_form(checkpoint: Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensor files and documents of a Lightning checkpoint, as arguments of `save_checkpoint_folder`."""
+    state = dict(checkpoint)
+    weights, state["state_dict"] = _take_tensors(state.get("state_dict", {}))
+    return {"weights": weights}, {"state": state}
 
 
 def manifest_fields(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,18 +16,20 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO, manifest_fields, stored_form
+from fulgurite.callbacks.shard_writer import write_shards
 from fulgurite.checkpoints import MismatchError
+from fulgurite.checkpoints.shards import Stored
 from fulgurite.modules.sharding import reshard
 
 
 class ModelParallelStrategy(strategies.ModelParallelStrategy):
     """Lightning's strategy of this name, with checkpoints that any strategy and number of ranks can load.
 
-    Every rank takes part in gathering what the module's ``state_dict()`` holds (with a frozen backbone: the
-    small trained part) and the optimizer's state; rank 0 keeps the values and writes. On loading every rank
-    reads the folder and keeps its own slices, without communication. Extra memory on rank 0 while saving: the
-    gathered state.
+    A delta over a frozen backbone (see `AdaptedModule`) is small: all ranks take part in gathering it and its optimizer
+    state, rank 0 holds and writes them. Anything else is full fine-tuning: every rank writes the slices that it holds,
+    into one folder on a file system that all ranks share. On loading every rank reads one tensor at a time and keeps
+    its own slice, without communication.
 
     Args:
         data_parallel_size: ranks that share the parameters and split the data; ``"auto"`` is all of them
@@ -69,27 +71,36 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state with whole tensors, on the CPU of rank 0; the other ranks only take part."""
+        """The module's state, with sharded tensors as they are."""
         reshard(self.lightning_module)
-        return gather(self.lightning_module.state_dict(), keep=self.is_global_zero)
+        return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of ``optimizer`` with whole tensors, by index of parameter as without sharding."""
+        """State of ``optimizer`` by index of parameter, with sharded tensors as they are."""
         if isinstance(optimizer, LightningOptimizer):
             optimizer = optimizer._optimizer
-        return gather(optimizer.state_dict(), keep=self.is_global_zero)
+        return optimizer.state_dict()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write the folder on rank 0; all ranks must call it, with the path of rank 0."""
+        """Write the folder; all ranks must call it, and the path is that of rank 0."""
         path = self.broadcast(filepath)
+        fields = manifest_fields(checkpoint)
+        if fields.get("kind") != "delta" and isinstance(self.checkpoint_io, DigestCheckpointIO):
+            write_shards(path, *stored_form(checkpoint), fields)
+            return
+        sharded = ("state_dict", "optimizer_states")
+        whole = checkpoint | {k: gather(checkpoint[k], self.is_global_zero) for k in sharded if k in checkpoint}
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            self.checkpoint_io.save_checkpoint(whole, path, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """The whole checkpoint, on every rank; tensors are mapped from the file, not copied."""
-        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=weights_only)
+        """The checkpoint, on every rank; whole tensors are mapped from the file, slices stay in theirs."""
+        path = self.broadcast(checkpoint_path)
+        if isinstance(self.checkpoint_io, DigestCheckpointIO):
+            return self.checkpoint_io.read(path, lazy=True)
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give every rank its slices of ``checkpoint["state_dict"]``; strictness as in torch."""
@@ -108,7 +119,7 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
             state = {
                 index: {
                     key: distribute(value, parameters[index], f"optimizer state {index}/{key}")
-                    if isinstance(value, Tensor) and value.dim() > 0
+                    if isinstance(value, Stored) or (isinstance(value, Tensor) and value.dim() > 0)
                     else value
                     for key, value in entry.items()
                 }
@@ -142,6 +153,8 @@ def distribute(value: Any, target: Tensor | None, name: str) -> Any:
     No communication: every rank has the whole ``value``.
     Raises `MismatchError` if the shapes differ.
     """
+    if isinstance(value, Stored):
+        value = value.load()
     if not isinstance(target, DTensor):
         return value
     if value.shape != target.shape:

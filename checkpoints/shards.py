@@ -1,125 +1,135 @@
-"""Tensors stored in slices, one file per rank, and read back whole or in other slices.
+"""Tensors stored in slices, one file per rank, and read back whole.
 
-Every rank writes the slices that it holds as ``<stem>-<rank>-of-<ranks>.safetensors``; the layout, part of the
-manifest's structure, says where each slice lies in its tensor:
+Every rank writes the slices that it holds as ``shard-<rank>-of-<ranks>.safetensors``. The layout, the entry ``shards``
+of the manifest's structure, says by file stem (``weights``, ``state``) where each slice lies in its tensor:
 
-    {name: {"shape": whole shape, "pieces": [{"file": stem, "offset": first index per dimension}, ...]}}
+    {stem: {name: {"shape": whole shape, "pieces": [{"file": shard, "offset": first index per dimension}, ...]}}}
 
-A piece's size is in the manifest's record of its file. Reading needs no other process, so any number of ranks can
-read what any number wrote.
+In the shard a slice is called ``<stem>/<name>``, and its size is in the manifest's record of the file. Reading needs no
+other process, so any number of ranks can read what any number wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fulgurite.checkpoints.errors import DamagedError
-from fulgurite.checkpoints.manifest import Manifest, read_manifest
-from fulgurite.checkpoints.store import load_tensors
-from fulgurite.checkpoints.tensorfile import dtype_of
+from fulgurite.checkpoints.manifest import Manifest
+from fulgurite.checkpoints.tensorfile import TensorRecord, dtype_of
 
-Layout = dict[str, dict[str, Any]]
+SHARDS = "shards"
+Layout = dict[str, dict[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class Slice:
-    """A rank's part of a tensor.
+class Place:
+    """Where a rank's slice lies in its tensor.
 
     Args:
-        value: its elements.
         shape: of the whole tensor.
-        offset: index of the first element in every dimension.
+        offset: index of the slice's first element in every dimension.
+        size: of the slice.
     """
 
-    value: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    size: tuple[int, ...]
 
 
-def shard_stem(stem: str, rank: int, world: int) -> str:
+def shard_stem(rank: int, world: int) -> str:
     """Stem of the file of one rank."""
-    return f"{stem}-{rank:05d}-of-{world:05d}"
+    return f"shard-{rank:05d}-of-{world:05d}"
 
 
-def layout_of(ranks: Mapping[str, Mapping[str, Slice]]) -> Layout:
-    """The layout of what all ranks hold.
+def layout_of(ranks: Sequence[Mapping[tuple[str, str], Place]]) -> Layout:
+    """The layout of what all ranks hold; empty slices are left out.
 
     Args:
-        ranks: for the file stem of every rank its slices by tensor name; values may be on the meta device.
+        ranks: for every rank, the places of its slices by file stem and tensor name.
 
     Raises:
-        ValueError: slices of one tensor disagree on its shape, or do not cover it exactly once.
+        ValueError: slices of one tensor disagree on its shape, or do not add up to it.
     """
     layout: Layout = {}
-    sizes: dict[str, int] = {}
-    for stem, slices in ranks.items():
-        for name, part in slices.items():
-            entry = layout.setdefault(name, {"shape": list(part.shape), "pieces": []})
-            if entry["shape"] != list(part.shape):
-                raise ValueError(f"{name} has the shapes {entry['shape']} and {list(part.shape)} on different ranks")
-            if part.value.numel():
-                entry["pieces"].append({"file": stem, "offset": list(part.offset)})
-            sizes[name] = sizes.get(name, 0) + part.value.numel()
-    for name, entry in layout.items():
-        if sizes[name] != prod(entry["shape"]):
-            raise ValueError(f"{name}: the ranks hold {sizes[name]} of {prod(entry['shape'])} elements")
+    counts: dict[tuple[str, str], int] = {}
+    for rank, places in enumerate(ranks):
+        for (stem, name), place in places.items():
+            entry = layout.setdefault(stem, {}).setdefault(name, {"shape": list(place.shape), "pieces": []})
+            if entry["shape"] != list(place.shape):
+                raise ValueError(f"{name} has the shapes {entry['shape']} and {list(place.shape)} on different ranks")
+            if prod(place.size):
+                entry["pieces"].append({"file": shard_stem(rank, len(ranks)), "offset": list(place.offset)})
+            counts[stem, name] = counts.get((stem, name), 0) + prod(place.size)
+    for (stem, name), count in counts.items():
+        if count != prod(layout[stem][name]["shape"]):
+            raise ValueError(f"{name}: the ranks hold {count} elements of the shape {layout[stem][name]['shape']}")
     return layout
 
 
 class ShardedTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint stored in slices, each put together when it is asked for.
+    """The tensors of one file stem that are stored in slices, each put together when it is asked for.
 
     Memory: one tensor at a time, as long as the caller keeps none.
 
     Args:
-        path: the checkpoint.
-        layout: as `layout_of` made it.
-        verify: check the digest of every slice that is read.
-
-    Raises:
-        DamagedError: the layout does not fit the files, or a slice has other bytes than were written.
+        manifest: of the checkpoint.
+        stem: ``weights`` or ``state``; one without slices is empty.
+        read: (stem of a shard, name in it) -> the slice.
     """
 
-    def __init__(self, path: str | Path, layout: Layout, verify: bool = True) -> None:
-        self.path, self.layout, self.verify = Path(path), layout, verify
-        self.manifest: Manifest = read_manifest(path)
+    def __init__(self, manifest: Manifest, stem: str, read: Callable[[str, str], Tensor]) -> None:
+        self.manifest, self.stem, self.read = manifest, stem, read
+        self.layout: dict[str, dict[str, Any]] = manifest.structure.get(SHARDS, {}).get(stem, {})
 
     def __getitem__(self, name: str) -> Tensor:
-        """The whole tensor."""
+        """The whole tensor.
+
+        Raises:
+            KeyError: no such tensor is stored in slices.
+            DamagedError: the layout does not fit the files, or a slice has other bytes than were written.
+        """
         entry = self.layout[name]
-        shape = entry["shape"]
-        pieces = [(piece, self._record(piece["file"], name)) for piece in entry["pieces"]]
-        if sum(prod(record.shape) for _, record in pieces) != prod(shape):
-            raise DamagedError(f"{self.path}: the slices of {name!r} do not add up to its shape {shape}")
-        if not pieces:
-            first = next(records[name] for records in self.manifest.tensors.values() if name in records)
-            return torch.empty(shape, dtype=dtype_of(first.dtype))
-        whole = torch.empty(shape, dtype=dtype_of(pieces[0][1].dtype))
-        for piece, record in pieces:
+        inside, shape = f"{self.stem}/{name}", entry["shape"]
+        records = [self._record(piece["file"], inside) for piece in entry["pieces"]]
+        if sum(prod(record.shape) for record in records) != prod(shape):
+            raise DamagedError(f"the slices of {name!r} do not add up to its shape {shape}")
+        if not records:
+            records = [found[inside] for found in self.manifest.tensors.values() if inside in found]
+            return torch.empty(shape, dtype=dtype_of(records[0].dtype))
+        whole = torch.empty(shape, dtype=dtype_of(records[0].dtype))
+        for piece, record in zip(entry["pieces"], records):
             place = tuple(slice(start, start + size) for start, size in zip(piece["offset"], record.shape))
-            target = whole[place]
-            if list(target.shape) != record.shape or len(piece["offset"]) != len(shape):
-                raise DamagedError(
-                    f"{self.path}: the slice of {name!r} in {piece['file']} lies outside its shape {shape}"
-                )
-            target.copy_(load_tensors(self.path, piece["file"], [name], self.verify)[name])
+            if len(place) != len(shape) or list(whole[place].shape) != record.shape:
+                raise DamagedError(f"the slice of {name!r} in {piece['file']} lies outside the shape {shape}")
+            whole[place] = self.read(piece["file"], inside)
         return whole
 
-    def _record(self, stem: str, name: str) -> Any:
-        records = self.manifest.tensors.get(f"{stem}.safetensors", {})
-        if name not in records:
-            raise DamagedError(f"{self.path}: the manifest has no slice of {name!r} in {stem}")
-        return records[name]
+    def _record(self, shard: str, inside: str) -> TensorRecord:
+        records = self.manifest.tensors.get(f"{shard}.safetensors", {})
+        if inside not in records:
+            raise DamagedError(f"the manifest has no slice {inside!r} in {shard}")
+        return records[inside]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
 
     def __len__(self) -> int:
         return len(self.layout)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is still in its files."""
+
+    tensors: ShardedTensors
+    name: str
+
+    def load(self) -> Tensor:
+        """Read it, whole."""
+        return self.tensors[self.name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from fulgurite.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
+from fulgurite.checkpoints.shards import ShardedTensors, Stored
 from fulgurite.checkpoints.software import software
 from fulgurite.checkpoints.tensorfile import (
+    TensorRecord,
     check_bytes,
     check_file,
     check_size,
@@ -65,6 +67,23 @@ def save_checkpoint_folder(
         RefusedError: a value that cannot be stored; nothing is written.
         WriteError: the operating system refused; the old content of ``path`` is untouched.
     """
+    states, texts = encode(tensors, documents)
+    fields = {"kind": kind, "base": base, "structure": structure, "parents": parents}
+    manifest = new_manifest(**fields, settings=settings, metrics=metrics, facts=facts)
+    write_checkpoint(path, manifest, states, texts, algorithm)
+    return manifest
+
+
+def new_manifest(
+    kind: Kind = "self-contained",
+    base: Mapping[str, str] | None = None,
+    structure: Mapping[str, Any] | None = None,
+    parents: Iterable[Mapping[str, str]] = (),
+    settings: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """A checked manifest of no files yet; see `save_checkpoint_folder`."""
     manifest = Manifest(
         kind=kind,
         base=None if base is None else dict(base),
@@ -75,7 +94,14 @@ def save_checkpoint_folder(
         facts={"software": software(), **(facts or {})},
     )
     manifest.check()
-    states, texts = dict(tensors), {}
+    return manifest
+
+
+def encode(
+    tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Any] | None = None
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
+    """State dicts by file stem, those inside documents included, and the bytes of every document by file name."""
+    states, texts = {stem: dict(state) for stem, state in tensors.items()}, {}
     for name, value in (documents or {}).items():
         texts[_document_name(name)], inside = _encode(name, value)
         stem = Path(name).stem
@@ -83,6 +109,21 @@ def save_checkpoint_folder(
             raise RefusedError(f"the tensors of document {name!r} would replace those of {stem}{_SUFFIX}")
         if inside:
             states[stem] = inside
+    return states, texts
+
+
+def write_checkpoint(
+    path: str | Path,
+    manifest: Manifest,
+    states: Mapping[str, Mapping[str, Tensor]],
+    texts: Mapping[str, bytes],
+    algorithm: str = DEFAULT,
+    others: Callable[[Path], Mapping[str, tuple[FileRecord, dict[str, TensorRecord]]]] | None = None,
+) -> None:
+    """Publish what `encode` made under ``manifest``, which gets the records of all files.
+
+    ``others`` writes more tensor files into the folder that it is given, and returns their records.
+    """
     with publish_folder(path) as folder:
         for stem, state in states.items():
             name = _checked(stem + _SUFFIX)
@@ -91,9 +132,10 @@ def save_checkpoint_folder(
             manifest.files[name] = FileRecord(len(data), digest_of_bytes(data, algorithm))
             with naming(folder / name):
                 (folder / name).write_bytes(data)
+        for name, (file, records) in (others(folder) if others is not None else {}).items():
+            manifest.files[name], manifest.tensors[name] = file, records
         fault("before_manifest")
         write_manifest(folder, manifest)
-    return manifest
 
 
 def load_tensors(
@@ -112,8 +154,32 @@ def load_tensors(
         DamagedError: changed, missing or extra bytes, naming file and tensor.
     """
     folder, manifest = resolve(path), read_manifest(path)
-    name = file.removesuffix(_SUFFIX) + _SUFFIX
-    record = _record(Path(path), manifest, name)
+    stem = file.removesuffix(_SUFFIX)
+    name = stem + _SUFFIX
+    slices = sharded_tensors(path, stem, verify)
+    wanted = None if names is None else list(names)
+    if wanted is not None and slices:
+        plain = _tensors_of(folder, manifest, name, [n for n in wanted if n not in slices], verify)
+        return {n: plain[n] if n in plain else slices[n] for n in wanted}
+    plain = _tensors_of(folder, manifest, name, wanted, verify)
+    return {**plain, **slices}
+
+
+def sharded_tensors(path: str | Path, stem: str, verify: bool = True) -> ShardedTensors:
+    """What of ``<stem>.safetensors`` is stored in slices, read when it is asked for; empty where nothing is."""
+    manifest = read_manifest(path)
+
+    def read(shard: str, inside: str) -> Tensor:
+        return _tensors_of(resolve(path), manifest, shard + _SUFFIX, [inside], verify)[inside]
+
+    return ShardedTensors(manifest, stem, read)
+
+
+def _tensors_of(
+    folder: Path, manifest: Manifest, name: str, names: list[str] | None, verify: bool
+) -> dict[str, Tensor]:
+    """The tensors of the one file ``name``; see `load_tensors`."""
+    record = _record(folder, manifest, name)
     check_size(folder / name, record)
     if not verify or names is not None:
         return read_tensors(folder / name, manifest.tensors[name], names, verify)
@@ -123,10 +189,10 @@ def load_tensors(
         raise DamagedError((_damaged_tensors(folder / name, manifest, name) or [str(error)])[0]) from error
 
 
-def load_document(path: str | Path, name: str) -> Any:
+def load_document(path: str | Path, name: str, lazy: bool = False) -> Any:
     """The document ``name`` of the checkpoint ``path``, as it was saved.
 
-    Always verified; errors as `load_tensors`.
+    Always verified; errors as `load_tensors`. With ``lazy``, tensors stored in slices come as `Stored`.
     """
     folder, manifest = resolve(path), read_manifest(path)
     name = _document_name(name)
@@ -138,10 +204,14 @@ def load_document(path: str | Path, name: str) -> Any:
     if not name.endswith(".json"):
         return text.decode()
     beside = Path(name).stem + _SUFFIX
-    tensors = load_tensors(path, beside) if beside in manifest.files else {}
+    tensors: dict[str, Any] = {}
+    if beside in manifest.files:
+        tensors = _tensors_of(folder, manifest, beside, None, True)
+        slices = sharded_tensors(path, Path(name).stem)
+        tensors |= {n: Stored(slices, n) for n in slices} if lazy else slices
     try:
         return join(json.loads(text), tensors)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, DamagedError) as error:
         raise DamagedError(f"{folder / name} is no JSON of fulgurite: {error}") from error
 
 

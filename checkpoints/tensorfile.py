@@ -204,7 +204,7 @@ def check_storable(name: str, tensor: object) -> None:
     problem = None
     if not isinstance(tensor, Tensor):
         problem = f"is a {type(tensor).__name__}, not a tensor"
-    elif hasattr(tensor, "full_tensor"):
+    elif is_sharded(tensor):
         problem = "is sharded over ranks; gather it with full_tensor() first"
     elif tensor.layout is not torch.strided or tensor.is_quantized:
         problem = f"has layout {tensor.layout}, only dense tensors are stored"
@@ -214,6 +214,11 @@ def check_storable(name: str, tensor: object) -> None:
         problem = "has a name that the file format does not allow"
     if problem:
         raise RefusedError(f"tensor {name!r} {problem}")
+
+
+def is_sharded(tensor: object) -> bool:
+    """Whether each rank holds a part of ``tensor`` (a ``DTensor``)."""
+    return hasattr(tensor, "full_tensor")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -243,7 +248,10 @@ def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
 
 
 def _restore(tensor: Tensor, record: TensorRecord, path: Path, name: str) -> Tensor:
-    dtype = dtype_of(record.dtype)
+    try:
+        dtype = dtype_of(record.dtype)
+    except DamagedError as error:
+        raise DamagedError(f"{path}, tensor {name!r}: {error}") from error
     if dtype not in _CODES and tensor.dtype is torch.uint8:
         tensor = tensor.clone().view(dtype).reshape(record.shape)
     if tensor.dtype != dtype or list(tensor.shape) != record.shape:

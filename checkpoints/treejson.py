@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.checkpoints.errors import DamagedError, RefusedError
-from fulgurite.checkpoints.tensorfile import check_storable, dtype_name, dtype_of
+from fulgurite.checkpoints.tensorfile import check_storable, dtype_name, dtype_of, is_sharded
 
 _MAX_DEPTH = 100
 _PLAIN = (str, bool, int, type(None))
@@ -31,6 +31,8 @@ def split(value: object, where: str = "") -> tuple[Any, dict[str, Tensor]]:
         value: dicts, lists, tuples of tensors, numbers, strings, None; also torch sizes, types and devices,
             and paths.
         where: key path of ``value``, for messages.
+
+    A tensor that is sharded over ranks is returned as it is; writing it takes `shards`.
 
     Raises:
         RefusedError: for anything else, with its key path. Nothing is converted silently.
@@ -98,7 +100,8 @@ class _Splitter:
         while name in self.tensors:
             count += 1
             name = f"{_name(path)}#{count}"
-        check_storable(name, tensor)
+        if not is_sharded(tensor):
+            check_storable(name, tensor)
         self.tensors[name] = tensor.detach()
         return name
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim import AdamW
 
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
-from fulgurite.checkpoints import load_document, load_tensors, verify
+from fulgurite.checkpoints import DamagedError, load_document, load_tensors, verify
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def assert_equal_state(first, second):
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     a, b = (load_document(path, "state")["optimizer_states"][0]["state"] for path in (first, second))
-    assert a.keys() == b.keys() == {0, 1, 2, 3}
+    assert a.keys() == b.keys() == set(range(len(a)))
     assert all(torch.equal(a[index][key], b[index][key]) for index in a for key in a[index])
 
 
@@ -97,6 +99,60 @@ def test_one_process_loads_it(two_ranks, tmp_path):
     fitter.save_checkpoint(tmp_path / "again")
     assert_equal_state(saved, tmp_path / "again")
     assert expected["param_groups"][0]["lr"] == 0.01
+
+
+def test_full_fine_tuning_stores_a_file_per_rank_and_resumes_bitwise(two_ranks):
+    root, _, results = two_ranks
+    saved = root / "full" / "checkpoints" / "epoch=0-step=4"
+    assert verify(saved).ok
+    assert verify(saved).extra == []
+    files = {file.name for file in saved.iterdir()}
+    assert {"shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"} < files
+    # Nothing sharded is in the file of rank 0 as well: buffers only.
+    assert load_file(saved / "weights.safetensors").keys() == {"seen"}
+    for result in results:
+        assert len(result["full resumed"]) == 3
+        assert result["full resumed"] == result["full"]
+
+
+@pytest.mark.parametrize("other", ["full_ddp_from_fsdp", "full_fsdp_from_ddp"])
+def test_slices_are_read_whole_by_any_strategy(two_ranks, other):
+    root, _, _ = two_ranks
+    assert_equal_state(root / "full" / "checkpoints" / "epoch=0-step=4", root / other)
+
+
+def test_the_sum_of_all_slices_is_every_ranks_own(two_ranks):
+    root, _, _ = two_ranks
+    weights = load_tensors(root / "full_filled")
+    (optimizer,) = load_document(root / "full_filled", "state")["optimizer_states"]
+    rows = torch.tensor([100.0] * 8 + [200] * 8)
+    assert torch.equal(weights["backbone.weight"], rows[:, None].expand(16, 8))
+    assert weights["adapter.0.bias"].tolist() == [103, 103, 103, 203, 203]
+    assert weights["adapter.2.weight"].unique().tolist() == [104]
+    assert optimizer["state"][3]["exp_avg"].tolist() == [1003, 1003, 1003, 2003, 2003]
+    assert torch.equal(
+        load_tensors(root / "full_filled", names=["adapter.0.bias"])["adapter.0.bias"], weights["adapter.0.bias"]
+    )
+
+
+def test_where_one_rank_cannot_write_all_raise_and_the_old_checkpoint_stays(two_ranks):
+    root, _, results = two_ranks
+    assert [result["refused"] for result in results] == ["cannot write the slices of rank 1: no space left"] * 2
+    assert verify(root / "full_filled").ok
+    assert not [file.name for file in root.iterdir() if file.name.startswith(".")]
+
+
+def test_a_flipped_bit_in_a_slice_is_found_and_named(two_ranks, tmp_path):
+    root, _, _ = two_ranks
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "full_filled", copy)
+    shard = copy / "shard-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 16
+    shard.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"shard-00001-of-00002.safetensors is damaged: tensor '\w+/"):
+        (load_tensors(copy), load_document(copy, "state"))
+    assert not verify(copy).ok
 
 
 def test_every_ranks_slice_is_in_the_file(two_ranks):

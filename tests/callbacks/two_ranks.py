@@ -17,6 +17,8 @@ from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.rng import RandomStates
 from fulgurite.callbacks.strategy import ModelParallelStrategy
+from fulgurite.checkpoints import CheckpointError, WriteError, digest_of_state
+from fulgurite.checkpoints.atomic import inject_faults
 
 
 class Adapted(pl.LightningModule):
@@ -30,6 +32,7 @@ class Adapted(pl.LightningModule):
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
         self.backbone.requires_grad_(False)
+        self.frozen = {name: value.clone() for name, value in self.backbone.state_dict().items()}
         self.losses = []
 
     def state_dict(self, *args, **kwargs):
@@ -40,6 +43,10 @@ class Adapted(pl.LightningModule):
             assert state_dict.keys() == self.state_dict().keys()
         # The names were compared above; only the frozen backbone may be missing.
         return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint):
+        base = {"source": "seed 3", "digest": digest_of_state(self.frozen)}
+        checkpoint["fulgurite"] = {"kind": "delta", "base": base}
 
     def configure_model(self):
         sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
@@ -61,6 +68,25 @@ class Adapted(pl.LightningModule):
     def configure_optimizers(self):
         trained = [p for p in self.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=0.01)
+
+
+class Full(Adapted):
+    """All of it trains, and is saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone.requires_grad_(True)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def state_dict(self, *args, **kwargs):
+        return pl.LightningModule.state_dict(self, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["fulgurite"] = {"settings": {"trained": "all"}}
+
+    def training_step(self, batch, index):
+        self.seen += 1
+        return super().training_step(batch, index)
 
 
 def data():
@@ -86,10 +112,10 @@ def trainer(root, strategy, max_steps, devices=1):
     )
 
 
-def run(root, strategy, max_steps, ckpt_path=None, devices=2):
+def run(root, strategy, max_steps, ckpt_path=None, devices=2, cls=Adapted):
     """Fit to ``max_steps``; (trainer, module)."""
     pl.seed_everything(5)
-    module, fitter = Adapted(), trainer(root, strategy, max_steps, devices)
+    module, fitter = cls(), trainer(root, strategy, max_steps, devices)
     fitter.fit(module, data(), data(), ckpt_path=ckpt_path)
     return fitter, module
 
@@ -101,6 +127,32 @@ def fill(module, rank):
         for index, parameter in enumerate(optimizer.param_groups[0]["params"]):
             parameter.to_local().fill_(100 * (rank + 1) + index)
             optimizer.state[parameter]["exp_avg"].to_local().fill_(1000 * (rank + 1) + index)
+
+
+def full(root, results):
+    """The same with everything trained: each rank writes its slices."""
+    _, module = run(root / "full", ModelParallelStrategy(), 7, cls=Full)
+    results["full"] = module.losses[-3:]
+    saved = root / "full" / "checkpoints" / "epoch=0-step=4"
+    _, module = run(root / "full resumed", ModelParallelStrategy(), 7, saved, cls=Full)
+    results["full resumed"] = module.losses
+    fitter, _ = run(root / "full ddp", DDPStrategy(), 4, saved, cls=Full)
+    fitter.save_checkpoint(root / "full_ddp_from_fsdp")
+    fitter, module = run(root / "full fsdp", ModelParallelStrategy(), 4, root / "full_ddp_from_fsdp", cls=Full)
+    fitter.save_checkpoint(root / "full_fsdp_from_ddp")
+    fill(module, fitter.global_rank)
+    fitter.save_checkpoint(root / "full_filled")
+    with inject_faults(refuse if fitter.global_rank else lambda point: None):
+        try:
+            fitter.save_checkpoint(root / "full_filled")
+        except CheckpointError as error:
+            results["refused"] = str(error)
+
+
+def refuse(point):
+    """The second rank's disk is full."""
+    if point == "tensor_written":
+        raise WriteError("cannot write the slices of rank 1: no space left")
 
 
 def main(root: Path) -> None:
@@ -120,6 +172,7 @@ def main(root: Path) -> None:
     fitter.save_checkpoint(root / "filled")
     (scores,) = fitter.validate(module, data(), ckpt_path=fsdp, verbose=False)
     results["val"] = scores["val/loss"]
+    full(root, results)
     (root / f"results_{fitter.global_rank}.json").write_text(json.dumps(results))
 
 
