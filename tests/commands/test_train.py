@@ -1,5 +1,4 @@
 import json
-import re
 import signal
 import sys
 import warnings
@@ -24,36 +23,6 @@ def weights(run):
 
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_the_options_of_this_project_are_these(cli):
-    """A new option is a decision, not an accident."""
-    own = r"^  (?:-c \S+, )?--((?!trainer|model|data)[\w.]+)"
-    fit = re.findall(own, cli("fit", "--help")[1], re.MULTILINE)
-    lightning = ["config", "print_config", "seed_everything", "ckpt_path", "weights_only"]
-    checkpoint = [
-        *("checkpoint", "checkpoint.dirpath", "checkpoint.filename", "checkpoint.monitor", "checkpoint.mode"),
-        *(
-            "checkpoint.verbose",
-            "checkpoint.save_last",
-            "checkpoint.save_top_k",
-            "checkpoint.save_on_exception",
-        ),
-        *(
-            "checkpoint.save_weights_only",
-            "checkpoint.auto_insert_metric_name",
-            "checkpoint.every_n_train_steps",
-        ),
-        *(
-            "checkpoint.train_time_interval",
-            "checkpoint.every_n_epochs",
-            "checkpoint.save_on_train_epoch_end",
-        ),
-    ]
-    shared = ["experiment", "runs"]
-    assert sorted(fit) == sorted([*lightning, *checkpoint, *shared, "test_after_fit", "init_from", "resume", "run"])
-    test = re.findall(own, cli("test", "--help")[1], re.MULTILINE)
-    assert sorted(test) == sorted([*lightning, "verbose", *checkpoint, *shared])
 
 
 def test_fit_leaves_a_run_folder_whose_config_repeats_it(cli, project):
