@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
-from fulgurite.checkpoints import remove_leftovers
+from fulgurite.checkpoints import remove_leftovers, retain
 from fulgurite.checkpoints.runs import ADAPTERS, ARTEFACTS, CHECKPOINTS
 from fulgurite.methods.adapters.bank import AdapterBank
 
@@ -36,7 +36,8 @@ class PublishedCheckpoint(ModelCheckpoint):
     Args:
         dirpath: ``<default_root_dir>/checkpoints`` unless given; the command line makes that the run folder.
         save_last: keep a folder ``last`` that repeats the newest one.
-        save_top_k: how many to keep by ``monitor``; without one, 1 keeps the newest and -1 all.
+        save_top_k: how many to keep by ``monitor``, beside the newest; without one, the newest so many; -1 keeps all.
+            A folder is deleted only once a newer one is complete and, if it was the last good one, never.
     """
 
     FILE_EXTENSION = ""
@@ -65,7 +66,7 @@ class PublishedCheckpoint(ModelCheckpoint):
             mode=mode,
             verbose=verbose,
             save_last=save_last,
-            save_top_k=save_top_k,
+            save_top_k=min(save_top_k, 0) if save_top_k < 1 else -1,  # deleting is left to `retain`
             save_on_exception=save_on_exception,
             save_weights_only=save_weights_only,
             auto_insert_metric_name=auto_insert_metric_name,
@@ -76,6 +77,8 @@ class PublishedCheckpoint(ModelCheckpoint):
             # A run that repeats a step after a crash replaces that step's folder by an equal one.
             enable_version_counter=False,
         )
+        self._keep = save_top_k
+        self._own: list[str] = []
         self._hooks: list[PublishedHook] = []
         self._published_step: int | None = None
         self._due = False
@@ -106,7 +109,7 @@ class PublishedCheckpoint(ModelCheckpoint):
         path = str(Path(self.dirpath, name))
         if name == self.CHECKPOINT_NAME_LAST:
             self.last_model_path = path
-        self._save_checkpoint(trainer, path)
+        self._publish(trainer, path)
         return Path(path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,6 +149,20 @@ class PublishedCheckpoint(ModelCheckpoint):
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self.publish_now(trainer)
 
+    def _retain(self, trainer: pl.Trainer) -> None:
+        if self._keep < 1 or len(self._own) <= 1:
+            return
+        gone: list[str] = []
+        if trainer.is_global_zero:
+            best = self._keep if self.monitor is not None else 0
+            last = 1 if self.monitor is not None else self._keep
+            deleted = retain(self.dirpath, last, best, self.monitor, self.mode, self._own)
+            gone = [str(path) for path in deleted]
+        gone = trainer.strategy.broadcast(gone)
+        self._own = [path for path in self._own if path not in gone]
+        for path in gone:
+            self.best_k_models.pop(path, None)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -157,7 +174,25 @@ class PublishedCheckpoint(ModelCheckpoint):
             if isinstance(value, Tensor) and value.numel() == 1
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """As Lightning's, and the folders that are this callback's to delete."""
+        return {**super().state_dict(), "own": list(self._own)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the folders of the run that is resumed, where it lies in the same place."""
+        super().load_state_dict(state_dict)
+        if state_dict["dirpath"] == self.dirpath:
+            self._own = list(state_dict["own"])
+
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        counted = filepath != self.last_model_path
+        if counted:
+            self._own = [*(path for path in self._own if path != filepath), filepath]
+        self._publish(trainer, filepath)
+        if counted:
+            self._retain(trainer)
+
+    def _publish(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
         if self._published_step == trainer.global_step:
             return

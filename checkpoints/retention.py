@@ -7,7 +7,7 @@ rename. At no instant, kills included, is there fewer than one good checkpoint i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,8 +61,11 @@ def retain(
     best: int = 0,
     metric: str | None = None,
     mode: Literal["min", "max"] = "max",
+    among: Collection[str | Path] | None = None,
 ) -> list[Path]:
     """Delete from ``folder`` what `plan` does not keep; returns the paths deleted. For the owner of the run.
+
+    Where ``among`` is given, only those checkpoints, in ``folder`` or below, are counted and deleted.
 
     Scores are the manifests' ``metric``, finiteness their fact ``finite``. Where no checkpoint that is kept is good in
     every byte, the newest good one of the others stays too. Folders whose manifest is damaged are left alone. Reads
@@ -72,6 +75,9 @@ def retain(
         ValueError: see `plan`.
         WriteError: the operating system refused.
     """
+    own = {Path(path) for path in among or ()}
+    folders = [Path(folder)] if among is None else sorted({path.parent for path in own})
+    readable = [pair for each in folders for pair in readable_checkpoints(each)]
     found = [
         Candidate(
             path,
@@ -79,7 +85,8 @@ def retain(
             manifest.metrics.get(metric) if metric is not None else None,
             manifest.facts.get("finite", True),
         )
-        for path, manifest in readable_checkpoints(folder)
+        for path, manifest in readable
+        if among is None or path in own
     ]
     doomed = plan(found, last, best, mode)
     if doomed:

@@ -67,10 +67,9 @@ def save_checkpoint_folder(
         RefusedError: a value that cannot be stored; nothing is written.
         WriteError: the operating system refused; the old content of ``path`` is untouched.
     """
-    states, texts = encode(tensors, documents)
     fields = {"kind": kind, "base": base, "structure": structure, "parents": parents}
     manifest = new_manifest(**fields, settings=settings, metrics=metrics, facts=facts)
-    write_checkpoint(path, manifest, states, texts, algorithm)
+    write_checkpoint(path, manifest, *encode(tensors, documents), algorithm)
     return manifest
 
 

@@ -204,6 +204,33 @@ def test_top_k_by_a_monitor_and_weights_only(tmp_path):
     assert found["val/loss"] == read_manifest(tmp_path / "light" / "last").metrics.get("val/loss", found["val/loss"])
 
 
+def test_without_a_monitor_the_newest_stay_and_others_folders_are_left_alone(tmp_path):
+    saved = PublishedCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=3)
+    fitter, _ = fit(tmp_path, saved, epochs=1)
+    saved.publish_now(fitter, "named")
+    steps = {"epoch=0-step=4", "epoch=0-step=6", "epoch=0-step=8"}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {*steps, "last", "named"}
+    again = PublishedCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=3)
+    fit(tmp_path, again, epochs=2, ckpt_path=tmp_path / "c" / "last")
+    steps = {f"epoch=1-step={step}" for step in (12, 14, 16)}
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {*steps, "last", "named"}
+
+
+def test_the_last_good_checkpoint_is_never_deleted(tmp_path):
+    class Damage(pl.Callback):
+        """Every checkpoint but the first is spoilt as soon as it is there."""
+
+        def on_checkpoint_published(self, trainer, pl_module, path):
+            if trainer.global_step > 2:
+                file = path / "weights.safetensors"
+                file.write_bytes(file.read_bytes()[:-1])
+
+    saved = PublishedCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=1, save_last=False)
+    fit(tmp_path, Damage(), saved, epochs=1)
+    good = [path.name for path in (tmp_path / "c").iterdir() if verify(path).ok]
+    assert good == ["epoch=0-step=2"]
+
+
 def test_what_the_module_declares_goes_to_the_manifest(tmp_path):
     fit(tmp_path, PublishedCheckpoint(), module=Declared, epochs=1)
     manifest = read_manifest(tmp_path / "checkpoints" / "last")
