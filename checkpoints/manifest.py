@@ -17,6 +17,7 @@ from fulgurite.checkpoints.atomic import naming, reading, resolve
 from fulgurite.checkpoints.digest import FileRecord, algorithm_of, digest_of_bytes
 from fulgurite.checkpoints.errors import (
     CheckpointError,
+    DamagedError,
     MismatchError,
     MissingError,
     RefusedError,
@@ -118,7 +119,10 @@ def read_manifest(path: str | Path) -> Manifest:
         file_name: {name: TensorRecord(**record) for name, record in records.items()}
         for file_name, records in value["tensors"].items()
     }
-    value |= {name: join(value[name], {}) for name in _FREE}
+    try:
+        value |= {name: join(value[name], {}) for name in _FREE}
+    except (DamagedError, RecursionError) as error:
+        raise DamagedError(f"{file} is damaged: {error}") from error
     return Manifest(**value)
 
 

@@ -18,7 +18,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ def load_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise MissingError(f"no file at {path}")
     try:
-        return _plain(_load(path), set())
+        return _plain(_load(path), {})
     except CheckpointError:
         raise
     except (*_BROKEN, zipfile.BadZipFile) as error:
@@ -75,6 +75,8 @@ def _load(path: Path) -> Any:
 def _load_torch(path: Path) -> Any:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                raise RefusedError(f"{path} says that it holds more bytes than it has, which torch.save never writes.")
             if (bad := archive.testzip()) is not None:
                 raise DamagedError(f"{path} is damaged: record {bad!r} fails its checksum. Fetch the file again.")
     try:
@@ -98,7 +100,11 @@ def _refusal(path: Path, name: str) -> RefusedError:
     )
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Written in Python: a few bytes can make the one in C fill the memory with an empty table."""
+
+    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+
     def __init__(self, file: io.BufferedReader, path: Path) -> None:
         super().__init__(file)
         self.path = path
@@ -111,6 +117,14 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise _refusal(self.path, f"the external object {str(pid)[:80]!r}")
+
+    def load_build(self) -> None:
+        state, target = self.stack[-1], self.stack[-2]
+        if not isinstance(target, (_Array, _DType)) and (type(target), type(state)) != (collections.OrderedDict, dict):
+            raise ValueError(f"attributes for a {type(target).__name__}")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class _DType:
@@ -167,16 +181,20 @@ def _tensor_from_bytes(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _plain(value: Any, seen: set[int]) -> Any:
-    """``value`` with numpy's own array type for the arrays in its containers."""
+def _plain(value: Any, done: dict[int, Any]) -> Any:
+    """``value`` with numpy's own array type for the arrays in its containers; ``done`` holds those met before."""
     if isinstance(value, _Array):
         return value.view(np.ndarray)
+    if not isinstance(value, (tuple, dict, list)):
+        return value
+    if id(value) in done:
+        return done[id(value)]
     if isinstance(value, tuple):
-        return tuple(_plain(item, seen) for item in value)
-    if isinstance(value, (dict, list)) and id(value) not in seen:
-        seen.add(id(value))
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            value[key] = _plain(item, seen)
+        done[id(value)] = tuple(_plain(item, done) for item in value)
+        return done[id(value)]
+    done[id(value)] = value
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        value[key] = _plain(item, done)
     return value
 
 

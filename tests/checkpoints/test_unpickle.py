@@ -3,6 +3,8 @@
 import os
 import pickle
 import random
+import resource
+import time
 from collections import OrderedDict
 from contextlib import suppress
 
@@ -160,3 +162,27 @@ def test_no_change_of_a_hostile_pickle_makes_it_run(tmp_path):
                 pass
             assert not marker.exists()
     assert refused > 50
+
+
+def test_a_few_bytes_that_ask_for_much(tmp_path):
+    """A memo of a billion entries; one tuple that is met 2**60 times; changed defaults of a known function."""
+    file = tmp_path / "x.pkl"
+    file.write_bytes(b"\x80\x02](K\x01r" + (1 << 30).to_bytes(4, "little") + b"e.")
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    assert load_pickle(file) == [1]
+    file.write_bytes(b"\x80\x02K\x01" + b"2\x86" * 60 + b".")
+    assert len(load_pickle(file)) == 2
+    assert time.perf_counter() - start < 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+    kept = torch._utils._rebuild_tensor_v2.__defaults__
+    file.write_bytes(b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\0\0\0__defaults__N\x85s\x86b.")
+    with pytest.raises(DamagedError, match="attributes for a function"):
+        load_pickle(file)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == kept
+
+
+def test_state_dicts_keep_their_attributes(tmp_path):
+    state = OrderedDict(weight=torch.ones(2))
+    state._metadata = {"": {"version": 2}}
+    (tmp_path / "s.pkl").write_bytes(pickle.dumps(state))
+    assert load_pickle(tmp_path / "s.pkl")._metadata == state._metadata

@@ -74,7 +74,9 @@ def test_killed_at_every_point_of_many_saves(tmp_path, tally):
             value += 1
             occurrence = 1 + turn % 3 if point == "tensor_written" else 1
 
-            def attempt(value=value, hook=dies_at(point, occurrence)):
+            hook = dies_at(point, occurrence)
+
+            def attempt(value=value, hook=hook):
                 with inject_faults(hook):
                     save(path, value)
 
