@@ -1,5 +1,6 @@
 """What a constructor refuses is one short message with option and value; a slip keeps its traceback."""
 
+import shutil
 import sys
 
 import pytest
@@ -134,6 +135,42 @@ def test_the_packages_own_classes_are_told_alike(name, cli, stream_config, proje
     assert message.startswith(f"fulgurite fit: {expected}"), message
     assert len(message.encode()) < 2000
     assert not list((project / "runs").glob("*/*"))
+
+
+LATE = {
+    "stage name": (
+        "[{class_path: JsonlDataModule, init_args: {root: %s, domain: live}}]",
+        "stage names must differ and not be initial, live or best",
+    ),
+    "no training file": (
+        "[{class_path: JsonlDataModule, init_args: {root: %s, domain: red, train: null, vocabulary: v.json}}]",
+        "no samples to fit with",
+    ),
+    "missing folder": ("[{class_path: JsonlDataModule, init_args: {root: %s/gone}}]", "no such folder"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_the_data_refuse_at_set_up_leaves_one_message_and_no_folder(
+    name, cli, stream_config, stream_folder, project
+):
+    shutil.copytree(stream_folder / "red", project / "red")
+    (project / "red" / "v.json").write_text('["yes"]')
+    domains, expected = LATE[name]
+    code, _, err = cli("fit", "--config", str(stream_config), f"--data.domains={domains % (project / 'red')}")
+    message = err[err.index("fulgurite fit: ") :]
+    assert code == 2
+    assert expected in message
+    assert "Traceback" not in err
+    assert "TrainerFn" not in err
+    assert not list((project / "runs").glob("*/*"))
+
+
+def test_settings_that_lightning_refuses_late_are_one_message(cli, project):
+    code, _, err = cli("fit", "--config", "toy.yaml", "--checkpoint.monitor=nowhere")
+    assert code == 2
+    assert "monitor='nowhere'" in err[err.index("fulgurite fit: ") :]
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("how", ["slip", "own", "package", "package slip"])
