@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, naming_another, read_manifest
+from fulgurite.commands.building import Building, build
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import Invocation
@@ -28,7 +29,7 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
 
     Raises:
         CheckpointError: damaged, incomplete, or made without a config.
-        ConfigError: nothing there, or a class path outside the allowed packages.
+        ConfigError: nothing there, a class path outside the allowed packages, or a setting that is refused.
     """
     folder = checkpoint_at(str(path), "load")
     with naming_another(folder):
@@ -45,7 +46,8 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
             parsed = parser.parse_string(yaml.safe_dump(model))
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, origin) from error
-        module = parser.instantiate(parsed).model
+        with Building(parsed, origin) as building:
+            module = parser.instantiate(parsed, instantiators=[(building.through(build), object, True)]).model
     if isinstance(module, AdaptedModule):
         module.restore(manifest.facts)
         manifest.require_base(module.base_digest, str(folder))

@@ -122,6 +122,19 @@ def hostile_optimizer(settings):
     return changed
 
 
+def test_a_setting_that_is_refused_names_the_manifest(stream_run, tmp_path):
+    source = newest_checkpoint(stream_run[0])
+    manifest = read_manifest(source)
+    settings = copy.deepcopy(manifest.settings)
+    settings["model"]["init_args"]["second_router"]["init_args"]["temperature"] = 0.0
+    tensors = {"model": load_tensors(source)}
+    save_checkpoint_folder(tmp_path / "foreign", tensors, settings=settings, facts=manifest.facts)
+    with pytest.raises(
+        ConfigError, match=r"second_router\.temperature = 0\.0 \(.*manifest\.json\), refused by Centroid"
+    ):
+        fulgurite.load(tmp_path / "foreign")
+
+
 def test_nothing_there_is_one_error(tmp_path):
     with pytest.raises(ConfigError, match="expected a checkpoint folder or a run folder"):
         fulgurite.load(tmp_path / "none")
