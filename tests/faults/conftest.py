@@ -5,7 +5,14 @@ detected (a typed error that names the place). Other tests that inject faults ar
 `make test-faults` runs them all and prints the table.
 """
 
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +72,17 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+HERE = Path(__file__).parent
+CONFIG = """\
+seed_everything: 3
+model: {class_path: faulty_project.Net}
+data: {class_path: faulty_project.Data}
+checkpoint: {every_n_train_steps: 1, save_top_k: 3, monitor: step, mode: max}
+trainer: {max_epochs: 3, accelerator: cpu, devices: 1, enable_progress_bar: false, log_every_n_steps: 1,
+  use_distributed_sampler: false, num_sanity_val_steps: 0}
+"""
+
+
 @dataclass
 class Tally:
     """Adds to a row of the table; what is neither survived nor detected is lost."""
@@ -74,6 +92,105 @@ class Tally:
     def __call__(self, row: str, injected: int, survived: int) -> None:
         assert row in ROWS
         self.properties.append(("fault", (row, injected, survived)))
+
+
+class Child:
+    """A fork of this process, which has all libraries loaded, that runs ``action`` in ``folder`` and ends.
+
+    Its exit code is what ``action`` returns; 1 after an exception, whose traceback is in the text.
+    """
+
+    def __init__(self, action: Callable[[], int], folder: Path, log: Path, env: dict[str, str]) -> None:
+        self.log, self.began = log, time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                self._become(folder, env)
+                code = action()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+
+    def _become(self, folder: Path, env: dict[str, str]) -> None:
+        import torch
+
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for standard in (1, 2):
+            os.dup2(descriptor, standard)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        torch.set_num_threads(1)
+        os.chdir(folder)
+        os.environ.update(env)
+        sys.path.insert(0, str(HERE))
+
+    def wait(self, timeout: float = 30.0) -> int:
+        """Its exit code, negative for a signal; past ``timeout`` seconds it is killed, and TimeoutError."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        os.kill(self.pid, 9)
+        os.waitpid(self.pid, 0)
+        raise TimeoutError(f"still running after {timeout} s: {self.text[-3000:]}")
+
+    @property
+    def text(self) -> str:
+        """What it has written to stdout and stderr."""
+        return self.log.read_text()
+
+
+class Project:
+    """A folder with ``faulty.yaml``, in which commands run in forked processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        (folder / "faulty.yaml").write_text(CONFIG)
+
+    def start(self, action: Callable[[], int], **env: str) -> Child:
+        """Run a function."""
+        self.count += 1
+        return Child(action, self.folder, self.folder / f"log-{self.count}", env)
+
+    def command(self, *argv: object, prepare: Callable[[], object] = lambda: None) -> Callable[[], int]:
+        """The call of a command, after ``prepare`` in the same process."""
+
+        def action() -> int:
+            from fulgurite.cli import main
+
+            prepare()
+            allow = ("--allow", "faulty_project")
+            return main([str(word) for word in (*argv, *allow)])
+
+        return action
+
+    def fit(self, *argv: object, config: str = "faulty.yaml") -> Callable[[], int]:
+        """The call of ``fit`` with the config."""
+        return self.command("fit", "--config", config, *argv)
+
+    def pair(self, *actions: Callable[[], int]) -> list[Child]:
+        """Two ranks of one job; one action for both, or one for each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+        return [self.start(action, **env, LOCAL_RANK=str(rank)) for rank, action in enumerate((actions * 2)[:2])]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """One folder per module of tests; forks are cheap where everything is imported before."""
+    import fulgurite.callbacks.report
+    import fulgurite.commands.train  # noqa: F401
+
+    return Project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.fixture
