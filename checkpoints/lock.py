@@ -46,7 +46,8 @@ def writing(run: str | Path) -> Iterator[None]:
         yield
     finally:
         if descriptor in _held:  # not in a forked child
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it blocks nobody, and an error here would hide that of the block
+                path.unlink()
             _held.discard(descriptor)
             os.close(descriptor)
 

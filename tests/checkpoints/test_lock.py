@@ -82,6 +82,15 @@ def test_an_error_in_the_block_frees_it(tmp_path):
         pass
 
 
+def test_an_error_in_the_block_is_not_hidden_by_a_folder_that_has_gone(tmp_path):
+    with pytest.raises(KeyError), writing(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").touch()
+        raise KeyError("x")
+    with writing(tmp_path / "moved"):
+        pass
+
+
 @pytest.mark.parametrize("junk", [b"", b"{", b"[1]", b'{"pid": 1}', b"\xff"])
 def test_what_the_file_holds_decides_nothing(tmp_path, junk):
     (tmp_path / ".lock").write_bytes(junk)

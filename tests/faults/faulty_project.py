@@ -1,4 +1,4 @@
-"""A linear model with dropout and fixed data that meet the fault they are told to, in the step and rank they are told."""
+"""A linear model with dropout and fixed data that meet the fault they are told to, in the step and rank told."""
 
 import os
 import signal
