@@ -4,8 +4,8 @@ same.
 Nothing heavy is imported before a command is chosen, so ``--help`` and ``--version`` answer at once.
 
 Exit codes: 0 done; 2 bad config or bad input (one message on stderr; ``exit_code_of`` in ``commands/errors.py`` says
-what counts); 130, 138 or 143 ended by SIGINT (Ctrl-C), SIGUSR1 or SIGTERM, a ``fit`` that trains with a checkpoint
-written; 1 any other error, with its traceback.
+what counts); 3 loss, gradients or weights that are NaN or infinite (one message); 130, 138 or 143 ended by SIGINT
+(Ctrl-C), SIGUSR1 or SIGTERM, a ``fit`` that trains with a checkpoint written; 1 any other error, with its traceback.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
 from fulgurite.callbacks.gather import gather_rows
 from fulgurite.checkpoints import write_json, write_text
 from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.samples import Sample
 
 
@@ -63,6 +64,9 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what trains."""
+        if isinstance(pl_module, AdaptedModule):
+            rank_zero_info(str(pl_module.bank.report()))
+            return
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         rank_zero_info(f"{trained:,} of {total:,} parameters train ({trained / max(total, 1):.2%})")

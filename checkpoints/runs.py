@@ -43,7 +43,7 @@ def new_run(root: str | Path, experiment: str, time: datetime | None = None) -> 
 def list_checkpoints(run: str | Path) -> list[tuple[Path, Manifest]]:
     """All checkpoints of a run with a sound manifest, oldest first; tensors are not read.
 
-    A replace that a crash interrupted counts with its old version. Raises `CheckpointError` for a damaged
+    A replace that a crash interrupted counts with its old version. Raises `CheckpointError` for a damaged or lost
     manifest, naming the newest good checkpoint.
     """
     found = []
@@ -102,4 +102,9 @@ def _candidates(folder: Path) -> set[Path]:
     if not folder.is_dir():
         return set()
     names = (folder / (published(entry) or entry.name) for entry in folder.iterdir())
-    return {path for path in names if not is_leftover(path) and (resolve(path) / MANIFEST_NAME).is_file()}
+    return {path for path in names if not is_leftover(path) and _was_checkpoint(resolve(path))}
+
+
+def _was_checkpoint(path: Path) -> bool:
+    """Whether it has a manifest, or what lies beside one; a folder appears at once, so a missing manifest was lost."""
+    return (path / MANIFEST_NAME).is_file() or (path / "state.json").is_file()

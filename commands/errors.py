@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 LIMIT = 1800  # bytes of one message; with the prefix it stays under 2 kB
 
-DONE, BAD_INPUT, SIGNALLED = 0, 2, 128
+DONE, BAD_INPUT, NOT_FINITE, SIGNALLED = 0, 2, 3, 128
 INTERRUPTED = SIGNALLED + 2  # a second Ctrl-C, without a checkpoint
 
 

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from fulgurite.checkpoints import LISTING_NAME, MANIFEST_NAME, newest_checkpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from fulgurite.checkpoints import (
+    LISTING_NAME,
+    MANIFEST_NAME,
+    CheckpointError,
+    DamagedError,
+    newest_checkpoint,
+    newest_good,
+    verify,
+)
 from fulgurite.checkpoints.atomic import resolve
-from fulgurite.checkpoints.runs import EVALUATIONS
+from fulgurite.checkpoints.runs import CHECKPOINTS, EVALUATIONS
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.invocation import Invocation
 
@@ -63,10 +73,11 @@ def _to_continue(invocation: Invocation, named: str | None) -> tuple[Path | None
     if named and named not in LIGHTNING_WORDS:
         return run, checkpoint_at(named, "--ckpt_path")
     if resume not in ("auto", "none"):
-        return run, checkpoint_at(resume, "--resume")
+        at = Path(resume)
+        return run, good_checkpoint(at, invocation) if is_run(at) else checkpoint_at(resume, "--resume")
     if resume == "auto":
         run = run or newest_run(experiment_folder(invocation))
-        return run, newest_checkpoint(run) if run is not None else None
+        return run, good_checkpoint(run, invocation) if run is not None else None
     if run is not None and (run / "config.yaml").exists():
         raise ConfigError(f"--run {run}: holds a run already; add --resume auto to continue it, or name another folder")
     return run, None
@@ -124,7 +135,48 @@ def remove_unused(folder: Path, before: set[str] | None) -> None:
 def newest_run(folder: Path) -> Path | None:
     """The newest run of an experiment that has a finished checkpoint."""
     runs = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
-    return next((run for run in runs if newest_checkpoint(run) is not None), None)
+    return next((run for run in runs if has_checkpoints(run)), None)
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run has written a checkpoint, sound or not."""
+    try:
+        return newest_checkpoint(run) is not None
+    except CheckpointError:
+        return True
+
+
+def is_run(path: Path) -> bool:
+    """Whether checkpoints lie in it, rather than it being one."""
+    return not (resolve(path) / MANIFEST_NAME).is_file() and (path / CHECKPOINTS).is_dir()
+
+
+def good_checkpoint(run: Path, invocation: Invocation) -> Path | None:
+    """The newest checkpoint of ``run``, or None; with ``--resume_from_older`` the newest of which every byte is sound.
+
+    Raises:
+        DamagedError: the newest one is not as it was written, and an older one was not asked for. Names file and
+            tensor, and the newest good checkpoint.
+        ConfigError: there is no good one.
+    """
+    older = (invocation.option("resume_from_older") or "").lower() in ("true", "yes", "on", "1")
+    try:
+        newest = newest_checkpoint(run)
+        problems = [] if newest is None else verify(newest).problems
+    except CheckpointError as error:
+        newest, problems = None, [str(error)]
+    if not problems:
+        return newest
+    good = newest_good(run / CHECKPOINTS)
+    if good is None:
+        raise ConfigError(f"{problems[0]} No checkpoint in {run / CHECKPOINTS} is good; start a new run.")
+    step = f"{good[0]} (step {good[1].facts.get('global_step', 'unknown')})"
+    if not older:
+        raise DamagedError(
+            f"{problems[0]} The newest good checkpoint is {step}: --resume_from_older true goes on there."
+        )
+    rank_zero_info(f"{problems[0]} Going on from the newest good checkpoint, {step}.")
+    return good[0]
 
 
 def checkpoint_at(named: str, option: str) -> Path:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from contextlib import nullcontext
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+from fulgurite.callbacks.finite import NotFiniteError
 from fulgurite.callbacks.interruption import Interruption
-from fulgurite.commands.errors import DONE, INTERRUPTED, SIGNALLED, ConfigError
+from fulgurite.checkpoints import read_manifest, writing
+from fulgurite.commands.errors import DONE, INTERRUPTED, NOT_FINITE, SIGNALLED, ConfigError
 from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import plan_of
 from fulgurite.commands.train_cli import FOLDER_VARIABLE, TrainCLI
+from fulgurite.modules.adapted import AdaptedModule
 
 # What Lightning warns of and this project does on purpose, by the start of the message.
 EXPECTED = (
@@ -71,12 +76,21 @@ def execute(cli: TrainCLI) -> int:
     trainer, before = cli.trainer, os.environ.get(FOLDER_VARIABLE)
     (interruption,) = (c for c in trainer.callbacks if isinstance(c, Interruption))
     os.environ[FOLDER_VARIABLE] = str(cli.folder)
+    fits = cli.invocation.command == "fit"
+    owned = writing(cli.folder) if fits and trainer.is_global_zero and not trainer.fast_dev_run else nullcontext()
+    if not fits and cli.plan.checkpoint is not None and isinstance(cli.model, AdaptedModule):
+        # The data may know less (questions alone), and a sharded model cannot be rebuilt later.
+        cli.model.restore(read_manifest(cli.plan.checkpoint).facts)
     try:
-        getattr(trainer, cli.invocation.command)(**cli.method_arguments())
-        if not interruption.received and cli.invocation.command == "fit" and cli.config.test_after_fit:
-            trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        with owned:
+            getattr(trainer, cli.invocation.command)(**cli.method_arguments())
+            if not interruption.received and fits and cli.config.test_after_fit:
+                trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
     except SIGTERMException:
         return SIGNALLED + interruption.received
+    except NotFiniteError as error:
+        print(f"fulgurite {cli.invocation.command}: {error}", file=sys.stderr)
+        return NOT_FINITE
     except MisconfigurationException as error:  # Lightning's word for settings that do not go together
         raise ConfigError(str(error)) from error
     except SystemExit as ended:

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -18,7 +18,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from fulgurite import __version__
+from fulgurite.callbacks.agreement import RanksAgree
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.callbacks.finite import FiniteCheck
 from fulgurite.callbacks.gradients import AccumulatedGradients
 from fulgurite.callbacks.init_from import InitialWeights
 from fulgurite.callbacks.interruption import Interruption
@@ -60,7 +62,14 @@ FIT_OPTIONS: tuple[tuple[str, Any, Any, str], ...] = (
         None,
         "auto (newest run of the experiment, or --run), none, a run or a checkpoint",
     ),
+    (
+        "resume_from_older",
+        bool,
+        False,
+        "where --resume finds the newest checkpoint damaged: go on from the newest good",
+    ),
     ("run", str | None, None, "run folder; default: <runs>/<experiment>/<time>"),
+    ("non_finite", Literal["stop", "skip"], "stop", "what a step with NaN or infinite loss or gradients does"),
 )
 NOT_OPTIONS = {
     "model",
@@ -71,7 +80,7 @@ NOT_OPTIONS = {
     "return_predictions",
 }
 # Options of one call rather than of the experiment: the config in the run folder does not repeat them.
-OF_ONE_CALL = ("config", "ckpt_path", "weights_only", "verbose", "resume", "run")
+OF_ONE_CALL = ("config", "ckpt_path", "weights_only", "verbose", "resume", "resume_from_older", "run")
 
 
 class TrainParser(LightningArgumentParser):
@@ -187,7 +196,7 @@ class TrainCLI(LightningCLI):
         if self.invocation.command != "predict" and not any(isinstance(c, Report) for c in callbacks):
             callbacks.append(Report(self.config.experiment))
         if self.invocation.command == "fit":
-            callbacks.append(AdapterFolders())
+            callbacks += [RanksAgree(self.written()), FiniteCheck(self.config.non_finite), AdapterFolders()]
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:

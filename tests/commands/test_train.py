@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import sys
 import warnings
@@ -7,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from fulgurite.checkpoints import load_tensors
+from fulgurite.checkpoints import load_tensors, writing
 
 
 @pytest.fixture
@@ -121,6 +122,52 @@ def test_a_run_is_not_overwritten_by_accident(cli, trained):
     code, _, err = cli("fit", "--config", "toy.yaml", "--run", trained)
     assert code == 2
     assert "--resume auto" in err
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_an_older_one_taken_on_demand_only(cli, project):
+    argv = ("fit", "--config", "toy.yaml", "--checkpoint.save_top_k", "2")
+    assert cli(*argv, "--run", "whole", "--trainer.max_epochs", "3")[0] == 0
+    assert cli(*argv, "--run", "run", "--trainer.max_epochs", "2")[0] == 0
+    (newest,) = (project / "run" / "checkpoints").glob("*step=6")
+    for folder in (newest, newest.with_name("last")):
+        file = folder / "weights.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    again = ("fit", "--run", "run", "--resume", "auto", "--trainer.max_epochs", "3")
+    code, _, err = cli(*again)
+    assert code == 2
+    for part in ("weights.safetensors", "layer.", "step=3 (step 3)", "--resume_from_older true"):
+        assert part in err, part
+    code, out, err = cli(*again, "--resume_from_older", "true")
+    assert code == 0
+    assert "step=3 (step 3)" in out + err
+    assert equal(weights("run"), weights("whole"))
+
+
+def test_a_checkpoint_that_lost_its_manifest_is_not_passed_over(cli, project, trained):
+    (project / trained / "checkpoints" / "last" / "manifest.json").unlink()
+    code, _, err = cli("fit", "--run", trained, "--resume", "auto", "--trainer.max_epochs", "2")
+    assert code == 2
+    assert "no manifest.json" in err
+    assert "--resume_from_older true" in err
+
+
+def test_a_run_that_another_process_writes_is_refused(cli, project, trained):
+    with writing(project / trained):
+        code, _, err = cli("fit", "--run", trained, "--resume", "auto", "--trainer.max_epochs", "2")
+    assert code == 2
+    assert f"process {os.getpid()} on " in err
+
+
+def test_what_is_not_finite_ends_with_3_or_is_left_out(cli, project):
+    code, _, err = cli("fit", "--config", "toy.yaml", "--model", "toy_project.Diverging", "--run", "run")
+    assert code == 3
+    assert "step 1: not finite" in err
+    assert "Traceback" not in err
+    argv = ("--model", "toy_project.Diverging", "--non_finite", "skip", "--run", "other", "--trainer.max_steps", "4")
+    assert cli("fit", "--config", "toy.yaml", *argv)[0] == 0
+    assert all(value.isfinite().all() for value in weights("other").values())
 
 
 def test_resume_auto_without_a_run_starts_one(cli, project):

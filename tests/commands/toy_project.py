@@ -59,6 +59,14 @@ class Slow(Net):
         return super().training_step(batch, index)
 
 
+class Diverging(Net):
+    """The loss is NaN from the second step on."""
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        return loss * float("nan") if self.trainer.global_step >= 1 else loss
+
+
 class Interrupted(Net):
     """The user presses Ctrl-C in the first step."""
 
