@@ -128,10 +128,22 @@ def test_resumed_from_any_step_the_run_ends_the_same(step, whole, cli, tmp_path)
     [
         (("--trainer.accumulate_grad_batches", "2", "--data.init_args.batch_size", "6"), (1, 4)),
         (("--data.init_args.num_workers", "2", "--data.init_args.validate", "every_epoch"), (3,)),
+        (
+            (
+                "--data.init_args.batch_size",
+                "6",
+                "--trainer.limit_train_batches",
+                "3",
+                "--trainer.limit_val_batches",
+                "1",
+            )
+            + ("--trainer.gradient_clip_val", "0.01", "--trainer.max_epochs", "4"),
+            (2, 3, 7),
+        ),
     ],
-    ids=["accumulation", "workers"],
+    ids=["accumulation", "workers", "limits"],
 )
-def test_also_with_accumulated_gradients_and_with_workers(options, steps, cli, tmp_path):
+def test_also_with_accumulated_gradients_and_with_workers_and_limits(options, steps, cli, tmp_path):
     argv = (*options, *EVERY_STEP, "--test_after_fit", "false")
     assert cli("fit", *argv, "--run", tmp_path / "whole") == 0
     for step in steps:
