@@ -17,7 +17,7 @@ from fulgurite.samples.sampler import GlobalBatchSampler
 
 def meet(fault: str) -> None:
     """Do to this process what ``fault`` says: the name of a signal, ``raise``, ``exit`` or ``leave``."""
-    for word in fault.split("+"):
+    for word in filter(None, fault.split("+")):
         if word == "raise":
             raise RuntimeError("the fault of this test")
         if word == "exit":
@@ -32,21 +32,21 @@ class Net(LightningModule):
     """Linear regression under dropout.
 
     Args:
-        fault: see `meet`; in training step ``at`` of rank ``on``.
+        fault: see `meet`; one for each rank, with slashes between them; in training step ``at``.
         pause: seconds that a step takes.
     """
 
-    def __init__(self, lr: float = 0.1, fault: str = "", at: int = -1, on: int = 0, pause: float = 0.0):
+    def __init__(self, lr: float = 0.1, fault: str = "", at: int = -1, pause: float = 0.0):
         super().__init__()
-        self.lr, self.fault, self.at, self.on, self.pause = lr, fault, at, on, pause
+        self.lr, self.faults, self.at, self.pause = lr, fault.split("/"), at, pause
         self.net = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.3), nn.Linear(5, 1))
 
     def loss(self, batch):
         return (self.net(batch[:, :6]) - batch[:, 6:]).square().mean()
 
     def training_step(self, batch, index):
-        if self.trainer.global_step == self.at and self.global_rank == self.on:
-            meet(self.fault)
+        if self.trainer.global_step == self.at and self.global_rank < len(self.faults):
+            meet(self.faults[self.global_rank])
         time.sleep(self.pause)
         loss = self.loss(batch)
         self.log("train/loss", loss)
