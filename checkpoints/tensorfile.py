@@ -1,8 +1,8 @@
 """Tensor files in the safetensors format, written in one pass that also takes the digests.
 
 Any reader of safetensors can open them. Types that the format lacks (complex128 and rare ones) are stored as
-bytes; their type is in the manifest. Tied tensors are written once per name. Extra memory when writing: one
-tensor, and only if it is a view or on another device.
+bytes; their type is in the manifest. Tied tensors are written once per name. Extra memory when writing: two
+tensors, and only where they are views or on another device. Threads take the digests and keep the disk busy meanwhile.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ _CODES = {
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _CHUNK = 1 << 22
+_SYNC = 1 << 25  # bytes after which the disk is given more to do
 _LENGTH = 8  # bytes of the header's length
 
 
@@ -80,27 +82,47 @@ def write_tensors(
         check_storable(name, tensor)
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header = _header(tensors, order)
-    whole, size, digests = Digest(algorithm), 0, {}
-    with naming(path), open(path, "xb") as file:
-        for piece in (len(header).to_bytes(_LENGTH, "little"), header):
-            file.write(piece)
+    head = len(header).to_bytes(_LENGTH, "little") + header
+    whole, size, digests = Digest(algorithm), len(head), {}
+    whole.update(head)
+
+    def digest(name: str, data: memoryview) -> None:
+        single = Digest(algorithm)
+        for start in range(0, len(data), _CHUNK):
+            piece = data[start : start + _CHUNK]
+            single.update(piece)
             whole.update(piece)
-            size += len(piece)
+        digests[name] = str(single)
+
+    with naming(path), open(path, "xb") as file, ThreadPoolExecutor(2) as beside:
+        file.write(head)
+        digesting: Future[None] | None = None
+        syncing: Future[None] | None = None
+        unsynced = 0
         for name in order:
-            data, single = tensor_bytes(tensors[name]), Digest(algorithm)
-            for start in range(0, len(data), _CHUNK):
-                piece = data[start : start + _CHUNK]
-                single.update(piece)
-                whole.update(piece)
-                file.write(piece)
+            data = tensor_bytes(tensors[name])
+            _settle(digesting)
+            digesting = beside.submit(digest, name, data) if len(data) >= _CHUNK // 4 else digest(name, data)
+            file.write(data)
             fault("tensor_written")
             size += len(data)
-            digests[name] = str(single)
+            unsynced += len(data)
+            if unsynced >= _SYNC and (syncing is None or syncing.done()):
+                _settle(syncing)
+                syncing, unsynced = beside.submit(os.fdatasync, file.fileno()), 0
+        _settle(digesting)
+        _settle(syncing)
     records = {
         name: TensorRecord(dtype_name(tensor.dtype), list(tensor.shape), digests[name])
         for name, tensor in tensors.items()
     }
     return FileRecord(size, str(whole)), records
+
+
+def _settle(future: Future[None] | None) -> None:
+    """Wait for ``future``, if there is one, and raise what it raised."""
+    if future is not None:
+        future.result()
 
 
 def read_tensors(
