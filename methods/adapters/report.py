@@ -16,7 +16,7 @@ class PlacementReport:
     num_bytes: int
 
     def __str__(self) -> str:
-        return f"{self.kind} at {self.num_sites} sites ({', '.join(self.points)})"
+        return f"{self.kind} at {self.num_sites} site{'' if self.num_sites == 1 else 's'} ({', '.join(self.points)})"
 
 
 @dataclass(frozen=True)

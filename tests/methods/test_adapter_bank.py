@@ -256,7 +256,7 @@ def test_the_report_counts_what_trains(owner):
     assert owner.bank.report() == report
     assert str(report) == (
         f"{live} of {whole} parameters train ({live / whole:.2%}, 0.00 MB): "
-        "Bottleneck at 3 sites (block), Replace at 1 sites (norm)"
+        "Bottleneck at 3 sites (block), Replace at 1 site (norm)"
     )
 
 
