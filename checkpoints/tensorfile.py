@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fulgurite.checkpoints.atomic import fault, naming, reading
@@ -136,15 +135,7 @@ def read_tensors(
     wanted = list(records) if names is None else list(names)
     if missing := [name for name in wanted if name not in records]:
         raise MissingError(f"{path} has no tensor {missing[0]!r} ({len(missing)} of {len(wanted)} are missing)")
-    result = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            if stray := set(file.keys()) ^ set(records):
-                raise DamagedError(f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest")
-            for name in wanted:
-                result[name] = _restore(file.get_tensor(name), records[name], path, name)
-    except (SafetensorError, OSError) as error:
-        raise DamagedError(f"{path} is damaged: {error}") from error
+    result = _tensors_in(path, _mapped(path), records, wanted)
     if verify:
         for name, tensor in result.items():
             check_tensor(path, name, tensor, records[name])
@@ -158,19 +149,31 @@ def map_verified(path: Path, record: FileRecord, records: Mapping[str, TensorRec
     meanwhile. Mapped copy-on-write: extra memory is what the caller touches. Raises `MissingError` and `DamagedError`.
     """
     check_size(path, record)
+    data = _mapped(path)
+    check_bytes(path, memoryview(data), record)
+    return _tensors_in(path, data, records, records)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The bytes of a file; changing them leaves the file alone."""
     with reading(path), open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size < _LENGTH:
             raise DamagedError(f"{path} is damaged: it has no header.")
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    check_bytes(path, memoryview(data), record)
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _tensors_in(
+    path: Path, data: mmap.mmap, records: Mapping[str, TensorRecord], names: Iterable[str]
+) -> dict[str, Tensor]:
+    """Tensors of a mapped file, whose header must name those of ``records`` and describe them alike."""
     try:
         begin = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
         entries = json.loads(data[_LENGTH:begin])
-        del entries["__metadata__"]
+        entries.pop("__metadata__", None)
         if stray := set(entries) ^ set(records):
             raise DamagedError(f"{path} is damaged: tensor {min(stray)!r} is only in the file or the manifest.")
-        return {name: _restore(_tensor_at(data, begin, entries[name]), records[name], path, name) for name in records}
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError) as error:
+        return {name: _restore(_tensor_at(data, begin, entries[name]), records[name], path, name) for name in names}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError, OverflowError) as error:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(f"{path} is damaged: its header cannot be read: {error!r}.") from error
