@@ -196,7 +196,11 @@ class TrainCLI(LightningCLI):
         if self.invocation.command != "predict" and not any(isinstance(c, Report) for c in callbacks):
             callbacks.append(Report(self.config.experiment))
         if self.invocation.command == "fit":
-            callbacks += [RanksAgree(self.written()), FiniteCheck(self.config.non_finite), AdapterFolders()]
+            agree = next((c for c in callbacks if isinstance(c, RanksAgree)), None)
+            if agree is None:
+                callbacks.append(agree := RanksAgree())
+            agree.config = self.written()
+            callbacks += [FiniteCheck(self.config.non_finite), AdapterFolders()]
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
