@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -30,6 +32,8 @@ class Interruption(pl.Callback):
     A second SIGINT stops at once, without a checkpoint. A stop in the middle of a validation is stored so that the
     resumed run does the whole validation again. Before the first batch the signals end the process as ever.
 
+    Where the run fails otherwise, the processes that this one has started end with it, those that hang included.
+
     Hooks: ``setup`` puts the handlers in the place of Lightning's; the end of every batch, before a checkpoint of that
     batch is written; ``on_exception`` writes. Nothing is stored in checkpoints.
 
@@ -47,7 +51,7 @@ class Interruption(pl.Callback):
         self.received = self._noted = 0
         trainer._signal_connector = _Handlers(trainer, self)
         if trainer.world_size > 1 and "gloo" not in dist.get_backend():
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Remember the signal; a second SIGINT is an interrupt like any other."""
@@ -90,8 +94,11 @@ class Interruption(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write ``checkpoints/last`` where a signal has ended a fit that had begun."""
-        stopped = isinstance(exception, SIGTERMException) and trainer.state.fn == "fit"
-        if not stopped or trainer.fast_dev_run or trainer.sanity_checking:
+        if not isinstance(exception, SIGTERMException):
+            # At exit, so that the traceback comes first: Lightning kills a process whose child was killed.
+            atexit.register(end_all, getattr(trainer.strategy.launcher, "procs", []))
+            return
+        if trainer.state.fn != "fit" or trainer.fast_dev_run or trainer.sanity_checking:
             return
         if trainer.validating:
             begin_again(trainer)
@@ -116,6 +123,13 @@ class _Handlers(_SignalConnector):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self.interruption.note)
+
+
+def end_all(processes: list[subprocess.Popen]) -> None:
+    """Kill what is left of ``processes``; one that is stopped, or waits for this one, would never end by itself."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
 
 
 def begin_again(trainer: pl.Trainer) -> None:
