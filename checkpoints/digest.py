@@ -99,5 +99,7 @@ def digest_of_json(value: object, algorithm: str = DEFAULT) -> str:
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The elements of a dense tensor as bytes in row-major order; only views and other devices are copied."""
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return memoryview(plain.reshape(-1).view(torch.uint8).numpy())
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if plain.stride(0) != 1:  # counts as contiguous with one element or none
+        plain = plain.clone(memory_format=torch.contiguous_format)
+    return memoryview(plain.view(torch.uint8).numpy())

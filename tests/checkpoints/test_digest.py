@@ -13,6 +13,7 @@ from fulgurite.checkpoints import (
     digest_of_state,
     digest_of_tensor,
 )
+from fulgurite.checkpoints.digest import tensor_bytes
 
 
 def test_against_the_libraries(tmp_path):
@@ -46,3 +47,11 @@ def test_state_digest_sees_names_types_shapes_and_values_but_not_order():
 def test_json_digest():
     assert digest_of_json({"a": 1, "b": [1, 2]}) == digest_of_json({"b": [1, 2], "a": 1})
     assert digest_of_json({"a": 1}) != digest_of_json({"a": 1.5})
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize("step", [1, 2, 3, 8])
+def test_views_of_any_length_and_step(length, step):
+    tensor = torch.arange(float(length))[::step]
+    assert bytes(tensor_bytes(tensor)) == tensor.numpy().tobytes()
+    assert bytes(tensor_bytes(tensor.to(torch.complex128).conj())) == tensor.to(torch.complex128).numpy().tobytes()

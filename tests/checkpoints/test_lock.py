@@ -83,10 +83,14 @@ def test_an_error_in_the_block_frees_it(tmp_path):
 
 
 def test_an_error_in_the_block_is_not_hidden_by_a_folder_that_has_gone(tmp_path):
-    with pytest.raises(KeyError), writing(tmp_path / "run"):
-        (tmp_path / "run").rename(tmp_path / "moved")
-        (tmp_path / "run").touch()
-        raise KeyError("x")
+    def fail():
+        with writing(tmp_path / "run"):
+            (tmp_path / "run").rename(tmp_path / "moved")
+            (tmp_path / "run").touch()
+            raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        fail()
     with writing(tmp_path / "moved"):
         pass
 

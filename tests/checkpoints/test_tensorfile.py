@@ -1,8 +1,10 @@
 """Tensor files against the layout of the format read by hand, the safetensors library, and plain hash functions."""
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import random
 
 import pytest
@@ -232,3 +234,32 @@ def test_names_of_types():
     for name in ("float1", "nn", "__name__"):
         with pytest.raises(DamagedError, match=name):
             dtype_of(name)
+
+
+def mixed():
+    """Tensors of many sizes, so that some digests are taken beside the writing and some are not."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = (1 << 20, 3, 1 << 18, 0, 17, (1 << 20) + 5, 1 << 19)
+    return {f"t{i}": torch.randn(n, generator=generator)[:: 1 + i % 2] for i, n in enumerate(sizes)}
+
+
+def test_digests_taken_beside_the_writing_are_those_of_the_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorfile, "_SYNC", 1 << 20)
+    path, tensors = tmp_path / "m.safetensors", mixed()
+    whole, records = write_tensors(path, tensors)
+    assert whole == FileRecord(path.stat().st_size, digest_of_bytes(path.read_bytes()))
+    assert {n: r.digest for n, r in records.items()} == {
+        n: f"xxh3_128:{xxhash.xxh3_128(t.contiguous().numpy()).hexdigest()}" for n, t in tensors.items()
+    }
+    loaded = safetensors.torch.load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_disk_that_fails_beside_the_writing_is_an_error(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensorfile, "_SYNC", 1 << 20)
+    monkeypatch.setattr(os, "fdatasync", full)
+    with pytest.raises(WriteError, match=r"m\.safetensors.*disk is full"):
+        write_tensors(tmp_path / "m.safetensors", mixed())
