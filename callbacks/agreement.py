@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from fulgurite.checkpoints import MismatchError
 from fulgurite.checkpoints.digest import digest_of_state
+from fulgurite.checkpoints.software import software
+from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.samples import Sample
 
 
@@ -35,8 +37,9 @@ class RanksAgree(pl.Callback):
         if trainer.world_size == 1:
             return
         facts = {"config": digest(self.config), "seed": os.environ.get("PL_GLOBAL_SEED", "not set")}
+        facts |= {f"version of {name}": version for name, version in software().items()}
         data = trainer.datamodule
-        if hasattr(data, "samples"):
+        if isinstance(data, FulguriteDataModule):
             facts |= {f"{split} data": digest_of_samples(data.samples(split)) for split in ("train", "val")}
         if self.parameters:
             facts["parameters"] = digest_of_parameters(pl_module)

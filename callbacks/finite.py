@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-
-from fulgurite.callbacks.gradients import local
 
 SHOWN = 8  # ids of samples in a message
 
@@ -121,8 +120,14 @@ class FiniteCheck(pl.Callback):
             )
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
     """0-d bool on ``device``: whether every entry is finite."""
+    tensors = [tensor for tensor in tensors if tensor.numel()]  # a rank may hold an empty slice
     if not tensors:
         return torch.ones((), dtype=torch.bool, device=device)
     # The largest absolute value is infinite or NaN exactly where some entry is; no norm can overflow on the way.

@@ -7,19 +7,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class AccumulatedGradients(pl.Callback):
     """Keeps what ``accumulate_grad_batches`` has summed up so far, so that a run stopped inside a window loses nothing.
 
     When: stored while a checkpoint is made inside a window (elsewhere nothing is); put back at the first
-    ``on_train_batch_start`` after a resume, since Lightning clears gradients before that. Every rank's own sums are
-    stored, since under DDP they meet only at the end of a window; with another number of ranks each gets their mean,
-    which is the same gradient up to rounding. Sharded gradients are sums over the ranks already, and each rank stores
-    its slice; they go on with the same number of ranks only.
+    ``on_train_batch_start`` after a resume, since Lightning clears gradients before that. Under DDP every rank's own
+    sums are stored, since they meet only at the end of a window; with another number of ranks, or sharded, each gets
+    their mean, which is the same gradient up to rounding. Sharded gradients are means over the ranks already and are
+    stored whole, once; any number of ranks goes on with them.
     """
 
     def __init__(self) -> None:
@@ -35,8 +34,10 @@ class AccumulatedGradients(pl.Callback):
         """Gradients of all ranks, in order of rank. A collective inside a window."""
         if self._trainer is None or not self._window_is_open():
             return {}
-        own = {name: local(p.grad).cpu() for name, p in self._module.named_parameters() if p.grad is not None}
-        if self._trainer.world_size == 1:
+        gradients = {name: p.grad for name, p in self._module.named_parameters() if p.grad is not None}
+        sharded = any(isinstance(gradient, DTensor) for gradient in gradients.values())
+        own = {n: (g.full_tensor() if isinstance(g, DTensor) else g).cpu() for n, g in gradients.items()}
+        if self._trainer.world_size == 1 or sharded:
             return {"ranks": [own]}
         ranks: list[Any] = [None] * self._trainer.world_size
         dist.all_gather_object(ranks, own)
@@ -56,31 +57,21 @@ class AccumulatedGradients(pl.Callback):
         if self._restore is None:
             return
         parameters = dict(pl_module.named_parameters())
-        if len(self._restore) == trainer.world_size:
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        if len(self._restore) == trainer.world_size and not sharded:
             gradients = self._restore[trainer.global_rank]
         else:
-            rank_zero_info(
-                f"The checkpoint holds gradients of {len(self._restore)} ranks and this run has {trainer.world_size}: "
-                "each rank goes on with their mean"
-            )
             gradients = {n: torch.stack([r[n] for r in self._restore]).mean(0) for n in self._restore[0]}
         for name, gradient in gradients.items():
             put(parameters[name], gradient)
         self._restore = None
 
 
-def local(gradient: Tensor) -> Tensor:
-    """This rank's part of a gradient."""
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
 def put(parameter: Tensor, gradient: Tensor) -> None:
-    """Make ``gradient``, this rank's part, the gradient of ``parameter``."""
+    """Make ``gradient``, whole, the gradient of ``parameter``, cut as the parameter is."""
     if isinstance(parameter, DTensor):
-        value = gradient.to(parameter.to_local().device)
-        gradient = DTensor.from_local(
-            value, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-        )
-        parameter.grad = gradient
+        mesh = parameter.device_mesh
+        local_copy = gradient.to(mesh.device_type)
+        parameter.grad = distribute_tensor(local_copy, mesh, parameter.placements, src_data_rank=None)
     else:
         parameter.grad = gradient.to(parameter.device, copy=True)

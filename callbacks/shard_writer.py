@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from fulgurite.checkpoints import CheckpointError, RefusedError, WriteError
+from fulgurite.checkpoints.atomic import naming
 from fulgurite.checkpoints.shards import SHARDS, Place, layout_of, shard_stem
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.checkpoints.tensorfile import write_tensors
@@ -38,7 +39,8 @@ def write_shards(
         CheckpointError: a value cannot be stored, or the operating system refused.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    encoded, error = attempt(lambda: encode(tensors, documents))
+    # Every rank checks all that can be refused, so that none goes on alone.
+    encoded, error = attempt(lambda: (*encode(tensors, documents), new_manifest(**fields)))
     own, whole = slices_and_rest(encoded[0] if encoded else {})
     ranks = exchange(({key: place_of(tensor) for key, tensor in own.items()}, error))
     if problem := next((error for _, error in ranks if error), None):
@@ -62,8 +64,8 @@ def write_shards(
                 raise WriteError(problem)
             return {shard_stem(r, world) + ".safetensors": records for r, (records, _) in enumerate(written)}
 
-        structure = {**fields.get("structure", {}), SHARDS: layout}
-        manifest = new_manifest(**{**fields, "structure": structure})
+        manifest = encoded[2]
+        manifest.structure[SHARDS] = layout
         _, error = attempt(lambda: write_checkpoint(path, manifest, whole, encoded[1], others=others))
         for _ in steps:  # what the other ranks still wait for, where writing failed early
             exchange((None, None))
@@ -88,9 +90,7 @@ def slices_and_rest(
                 whole[stem][name] = tensor
             elif any(type(placement) not in (Shard, Replicate) for placement in tensor.placements):
                 whole[stem][name] = tensor.full_tensor()
-            elif all(
-                at == 0 for at, p in zip(tensor.device_mesh.get_coordinate(), tensor.placements) if p.is_replicate()
-            ):
+            elif first_copy(tensor):
                 own[stem, name] = tensor
     return own, whole
 
@@ -119,11 +119,8 @@ def attempt(write: Callable[[], Any]) -> tuple[Any, str | None]:
 def write_shard(file: Path, tensors: Mapping[str, Tensor]) -> Any:
     """Write one rank's slices and bring them to the disk; the records of file and tensors."""
     records = write_tensors(file, tensors)
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with naming(file), open(file, "rb") as written:
+        os.fsync(written.fileno())
     return records
 
 

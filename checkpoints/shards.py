@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fulgurite.checkpoints.errors import DamagedError
 from fulgurite.checkpoints.manifest import Manifest
-from fulgurite.checkpoints.tensorfile import TensorRecord, dtype_of
+from fulgurite.checkpoints.tensorfile import dtype_of
 
 SHARDS = "shards"
 Layout = dict[str, dict[str, dict[str, Any]]]
@@ -81,46 +81,63 @@ class ShardedTensors(Mapping[str, Tensor]):
         manifest: of the checkpoint.
         stem: ``weights`` or ``state``; one without slices is empty.
         read: (stem of a shard, name in it) -> the slice.
+
+    Raises:
+        DamagedError: the layout does not fit the files.
     """
 
     def __init__(self, manifest: Manifest, stem: str, read: Callable[[str, str], Tensor]) -> None:
         self.manifest, self.stem, self.read = manifest, stem, read
         self.layout: dict[str, dict[str, Any]] = manifest.structure.get(SHARDS, {}).get(stem, {})
+        for name, entry in self.layout.items():
+            self._check(name, entry)
 
     def __getitem__(self, name: str) -> Tensor:
         """The whole tensor.
 
         Raises:
             KeyError: no such tensor is stored in slices.
-            DamagedError: the layout does not fit the files, or a slice has other bytes than were written.
+            DamagedError: a slice has other bytes than were written.
         """
         entry = self.layout[name]
-        inside, shape = f"{self.stem}/{name}", entry["shape"]
-        records = [self._record(piece["file"], inside) for piece in entry["pieces"]]
-        if sum(prod(record.shape) for record in records) != prod(shape):
-            raise DamagedError(f"the slices of {name!r} do not add up to its shape {shape}")
-        if not records:
-            records = [found[inside] for found in self.manifest.tensors.values() if inside in found]
-            return torch.empty(shape, dtype=dtype_of(records[0].dtype))
-        whole = torch.empty(shape, dtype=dtype_of(records[0].dtype))
-        for piece, record in zip(entry["pieces"], records):
-            place = tuple(slice(start, start + size) for start, size in zip(piece["offset"], record.shape))
-            if len(place) != len(shape) or list(whole[place].shape) != record.shape:
-                raise DamagedError(f"the slice of {name!r} in {piece['file']} lies outside the shape {shape}")
-            whole[place] = self.read(piece["file"], inside)
+        inside = f"{self.stem}/{name}"
+        if not entry["pieces"]:
+            record = next(found[inside] for found in self.manifest.tensors.values() if inside in found)
+            return torch.empty(entry["shape"], dtype=dtype_of(record.dtype))
+        whole = None
+        for piece in entry["pieces"]:
+            part = self.read(piece["file"], inside)
+            if whole is None:
+                whole = torch.empty(entry["shape"], dtype=part.dtype)
+            whole[tuple(slice(start, start + size) for start, size in zip(piece["offset"], part.shape))] = part
         return whole
 
-    def _record(self, shard: str, inside: str) -> TensorRecord:
-        records = self.manifest.tensors.get(f"{shard}.safetensors", {})
-        if inside not in records:
-            raise DamagedError(f"the manifest has no slice {inside!r} in {shard}")
-        return records[inside]
+    def _check(self, name: str, entry: Any) -> None:
+        """Raise `DamagedError` unless the slices cover the tensor exactly once, as far as the manifest says."""
+        try:
+            shape, boxes = list(entry["shape"]), []
+            for piece in entry["pieces"]:
+                record = self.manifest.tensors[f"{piece['file']}.safetensors"][f"{self.stem}/{name}"]
+                boxes.append([(start, start + size) for start, size in zip(piece["offset"], record.shape, strict=True)])
+            cuts = [sorted({box[d] for box in boxes}) for d in range(len(shape))]
+            # Ranks cut along dimensions, so the slices are a grid.
+            grid = len({tuple(box) for box in boxes}) == len(boxes) == prod(map(len, cuts))
+            whole = all(_tiles(intervals, size) for intervals, size in zip(cuts, shape))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"the manifest's layout of the slices of {name!r} is none: {error!r}") from error
+        if prod(shape) and not (grid and whole):
+            raise DamagedError(f"the slices of {name!r} do not make up its shape {shape}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
 
     def __len__(self) -> int:
         return len(self.layout)
+
+
+def _tiles(intervals: Sequence[tuple[int, int]], size: int) -> bool:
+    """Whether sorted intervals cover 0 to ``size``, each point once."""
+    return [0, *(end for _, end in intervals)] == [*(start for start, _ in intervals), size]
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,18 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
+from fulgurite.callbacks.finite import FiniteCheck
+from fulgurite.callbacks.gradients import AccumulatedGradients
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.rng import RandomStates
 from fulgurite.callbacks.strategy import ModelParallelStrategy
 from fulgurite.checkpoints import CheckpointError, WriteError, digest_of_state
 from fulgurite.checkpoints.atomic import inject_faults
+from fulgurite.samples.loader import ResumableLoader
+from fulgurite.samples.sampler import GlobalBatchSampler
 
 
 class Adapted(pl.LightningModule):
@@ -89,21 +93,52 @@ class Full(Adapted):
         return super().training_step(batch, index)
 
 
+class InWindow(pl.Callback):
+    """Saves in the middle of the second accumulation window."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.accumulate_grad_batches == 2 and (trainer.current_epoch, batch_idx) == (0, 2):
+            trainer.save_checkpoint(self.root / "window")
+
+
+def windows(root, results):
+    """From inside a window: on with the same strategy, and with each other one."""
+    strategies = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}
+    for name, strategy in strategies.items():
+        _, module = run(root / f"{name} windows", strategy(), 3, accumulate=2)
+        results[f"{name} whole"] = module.losses[-3:]
+    for saved in strategies:
+        for name, strategy in strategies.items():
+            folder = root / f"{name} from {saved}"
+            _, module = run(folder, strategy(), 3, root / f"{saved} windows" / "window", accumulate=2)
+            results[f"{name} from {saved}"] = module.losses[-3:]
+
+
 def data():
     generator = torch.Generator().manual_seed(0)
     items = TensorDataset(torch.randn(32, 8, generator=generator), torch.randn(32, 1, generator=generator))
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    return DataLoader(items, 4, sampler=range(rank, 32, 2), generator=torch.Generator())
+    return ResumableLoader(items, GlobalBatchSampler(32, 8, rank, 2))
 
 
-def trainer(root, strategy, max_steps, devices=1):
+def trainer(root, strategy, max_steps, devices=1, accumulate=1):
     return pl.Trainer(
         accelerator="cpu",
         devices=devices,
         strategy=strategy,
         plugins=[DigestCheckpointIO()],
-        callbacks=[RandomStates(), PublishedCheckpoint(every_n_epochs=1, save_top_k=-1)],
+        callbacks=[
+            RandomStates(),
+            FiniteCheck(),
+            AccumulatedGradients(),
+            InWindow(root),
+            PublishedCheckpoint(every_n_epochs=1, save_top_k=-1),
+        ],
         max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
         use_distributed_sampler=False,
         logger=False,
         enable_progress_bar=False,
@@ -112,10 +147,10 @@ def trainer(root, strategy, max_steps, devices=1):
     )
 
 
-def run(root, strategy, max_steps, ckpt_path=None, devices=2, cls=Adapted):
+def run(root, strategy, max_steps, ckpt_path=None, devices=2, cls=Adapted, accumulate=1):
     """Fit to ``max_steps``; (trainer, module)."""
     pl.seed_everything(5)
-    module, fitter = cls(), trainer(root, strategy, max_steps, devices)
+    module, fitter = cls(), trainer(root, strategy, max_steps, devices, accumulate)
     fitter.fit(module, data(), data(), ckpt_path=ckpt_path)
     return fitter, module
 
@@ -173,6 +208,7 @@ def main(root: Path) -> None:
     (scores,) = fitter.validate(module, data(), ckpt_path=fsdp, verbose=False)
     results["val"] = scores["val/loss"]
     full(root, results)
+    windows(root, results)
     (root / f"results_{fitter.global_rank}.json").write_text(json.dumps(results))
 
 
