@@ -8,7 +8,8 @@
     backward_transfer  -forgetting_own
     forward_transfer   mean over i not in stage 1 of R[s_i - 1, i] - R[0, i]
 
-with s_i the stage that trains domain i (Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018).
+with s_i the stage that trains domain i (Lopez-Paz and Ranzato 2017; Chaudhry et al. 2018). A domain of which nothing
+was counted (NaN, as under a limit on the test batches) is left out of every mean.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ def continual_scores(matrix: Tensor, stage_of_domain: Sequence[int | None]) -> d
     """Summary of an accuracy matrix.
 
     Args:
-        matrix: (T + 1, N) accuracies, row 0 before any stage.
+        matrix: (T + 1, N) accuracies, row 0 before any stage; NaN where nothing was counted.
         stage_of_domain: for each of the N domains the stage (1..T) that trains it, None where none does.
 
     Returns:
         ``average`` and, where defined, ``forgetting``, ``forgetting_own``, ``backward_transfer``,
-        ``forward_transfer``, ``unseen`` (domains never trained, at the end).
+        ``forward_transfer``, ``unseen`` (domains never trained, at the end), each over the counted domains alone.
     """
     last = matrix.shape[0] - 1
-    trained = [(i, s) for i, s in enumerate(stage_of_domain) if s is not None]
+    counted = ~matrix.isnan().any(0)
+    trained = [(i, s) for i, s in enumerate(stage_of_domain) if s is not None and counted[i]]
     scores = {"average": matrix[last, [i for i, _ in trained]].mean().item()} if trained else {}
     earlier = [(i, s) for i, s in trained if s < last]
     if earlier:
@@ -44,7 +46,7 @@ def continual_scores(matrix: Tensor, stage_of_domain: Sequence[int | None]) -> d
     later = [(matrix[s - 1, i] - matrix[0, i]).item() for i, s in trained if s > 1]
     if later:
         scores["forward_transfer"] = sum(later) / len(later)
-    unseen = [i for i, s in enumerate(stage_of_domain) if s is None]
+    unseen = [i for i, s in enumerate(stage_of_domain) if s is None and counted[i]]
     if unseen:
         scores["unseen"] = matrix[last, unseen].mean().item()
     return scores
@@ -81,10 +83,10 @@ class ContinualAccuracy(Metric):
         """
         kinds = self.credit.shape[2]
         kind = torch.full_like(domain, -1) if kind is None else kind
-        flat = domain * kinds + kind % kinds
-        size = self.credit[stage].numel()
-        self.credit[stage] += torch.bincount(flat, credit.double(), minlength=size).view(-1, kinds)
-        self.count[stage] += torch.bincount(flat, minlength=size).view(-1, kinds)
+        cell = domain * kinds + kind % kinds
+        # Not bincount, which CUDA refuses under deterministic algorithms.
+        self.credit[stage].view(-1).index_add_(0, cell, credit.double())
+        self.count[stage].view(-1).index_add_(0, cell, torch.ones_like(credit, dtype=torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
         """``matrix`` (T + 1, N) and ``by_kind`` (T + 1, N, num_kinds); NaN where nothing was counted."""

@@ -10,14 +10,21 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+def best_answers(logits: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` highest of (B, A) logits, best first, (B, min(k, A)).
+
+    Of equal logits the lower index comes first, on every device; `torch.topk` promises no order.
+    """
+    return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
 def answer_credit(logits: Tensor, targets: Tensor, top_k: int = 1) -> Tensor:
     """Best score among the ``top_k`` highest answers of each sample, (B,) float64.
 
     ``targets`` (B, A) holds 1 at the right answer, or the soft scores ``min(count / 2, 1)`` of iVQA. An answer
     outside the vocabulary is a row of zeros and never correct.
     """
-    top = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices
-    return targets.gather(-1, top).amax(-1).double()
+    return targets.gather(-1, best_answers(logits, top_k)).amax(-1).double()
 
 
 class VQAAccuracy(Metric):

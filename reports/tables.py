@@ -75,21 +75,28 @@ def best_cells(values: Sequence[Sequence[float | None]], skip: Collection[int] =
     return found
 
 
+def uncounted(row: Sequence[float | None]) -> str:
+    """How many domains have no accuracy in ``row`` and so are in no mean; empty where all have."""
+    missing = sum(value is None or math.isnan(value) for value in row)
+    return f"not counted, for want of test questions: {missing} of {len(row)} domains" if missing else ""
+
+
 def mode_values(results: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """By mode: average, forgetting (None with one stage), then the accuracy on each domain in the end."""
+    """By mode: average, forgetting (None where undefined), then the accuracy on each domain in the end."""
     return {
         mode: [scores.get("average"), scores.get("forgetting"), *scores["matrix"][-1]]
         for mode, scores in results["modes"].items()
     }
 
 
-def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Any table for the terminal; the first column is text, the others are numbers."""
+def plain_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Table:
+    """Any table for the terminal, with a ``caption`` below; the first column is text, the others are numbers."""
     from rich import box
     from rich.markup import escape as escape_markup
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    table.caption, table.caption_justify = caption or None, "left"
     for column, name in enumerate(header):
         table.add_column(escape_markup(name), justify="right" if column else "left")
     for row in rows:
@@ -121,6 +128,7 @@ def terminal_table(results: Mapping[str, Any], mode_names: Mapping[str, str]) ->
         cells = [f"[bold]{percent(v)}[/bold]" if (r, c) in best else percent(v) for c, v in enumerate(row)]
         name = escape_markup(mode_names.get(mode, mode))
         table.add_row(f"{name} *" if mode == results["mode"] else name, *cells)
-    table.caption = "* the configured mode; bold: best without the oracle, which is told the domain"
+    notes = ["* the configured mode; bold: best without the oracle, which is told the domain"]
+    table.caption = "\n".join([*notes, *filter(None, [uncounted(rows[0][2:])])])
     table.caption_justify = "left"
     return table

@@ -24,9 +24,10 @@ from fulgurite.reports.tables import (
     percent,
     plain_table,
     terminal_table,
+    uncounted,
 )
 from fulgurite.reports.uncertainty import sign_test, standard_error, standard_error_of_mean
-from fulgurite.samples import Sample, Stage
+from fulgurite.samples import Sample, Stage, first_stages
 
 PICTURE = "accuracy_matrix.png"
 ROUTERS = ("Router", "Second router")
@@ -89,7 +90,7 @@ class ContinualTest:
     @property
     def trained_from(self) -> list[int | None]:
         """For every domain the stage (1..T) that trains it first, None where none has."""
-        return [next((t + 1 for t, s in enumerate(self.trained) if d in s.domains), None) for d in self.domains]
+        return first_stages(self.domains, self.trained)
 
     @property
     def numbers(self) -> list[int]:
@@ -126,6 +127,7 @@ def modes_section(test: ContinualTest) -> Section:
     errors = [_average_error(test, m) for m in modes]
     averages = [math.nan if row[0] is None else row[0] for row in rows]
     points = [[v for v in row[2:] if v is not None and not math.isnan(v)] for row in rows]
+    missing = uncounted(rows[0][2:])
     bars = bars_figure(
         [test.names[m] for m in modes], averages, errors, modes.index(test.mode), points, "Average accuracy"
     )
@@ -133,7 +135,7 @@ def modes_section(test: ContinualTest) -> Section:
         "<p>Accuracy on the test questions after the last stage, in percent, all modes from the same trained "
         f"adapters. The configured mode, <b>{escape(test.names[test.mode])}</b>, is shaded. Bold: best of "
         "the modes that are not told the domain. Forgetting: best accuracy so far minus final accuracy, mean "
-        f"over the domains before the last; lower is better.</p>{table}<figure>"
+        f"over the domains before the last; lower is better.</p>{table}{_note(missing)}<figure>"
         f"{img_tag(bars, 'Average accuracy of every mode')}<figcaption>Whiskers: one standard error. Dots: "
         f"single domains.</figcaption></figure>{_sampling(test)}{_pairs(test)}"
     )
@@ -253,10 +255,15 @@ def sections_of_plain(results: Mapping[str, Any], samples: Sequence[Sample]) -> 
         for kind, value in zip(kinds, row)
         if not math.isnan(value)
     ]
-    html = html_table(header, rows)
+    missing = uncounted(results["matrix"][-1])
+    html = html_table(header, rows) + _note(missing)
     if by_kind:
         html += html_table(["domain", "kind of question", "accuracy, %", "questions"], by_kind, text_columns=[1])
-    return [Section("Accuracy", html, printed=plain_table("Accuracy on test questions", header, rows))]
+    return [Section("Accuracy", html, printed=plain_table("Accuracy on test questions", header, rows, missing))]
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>' if text else ""
 
 
 def _number(count: int) -> str:

@@ -2,7 +2,7 @@
 
 from fulgurite.samples.collator import Batch, Collator, check_fields, check_picklable, sample_fields
 from fulgurite.samples.errors import DataError
-from fulgurite.samples.info import DataInfo, Stage, batches_within, stage_of
+from fulgurite.samples.info import DataInfo, Stage, batches_within, first_stages, stage_of
 from fulgurite.samples.sample import Sample
 from fulgurite.samples.video import Video
 
@@ -17,6 +17,7 @@ __all__ = [
     "batches_within",
     "check_fields",
     "check_picklable",
+    "first_stages",
     "sample_fields",
     "stage_of",
 ]

@@ -55,6 +55,11 @@ def batches_within(batches: int, limit: float | int | None) -> int:
     return batches if limit is None else min(batches, limit)
 
 
+def first_stages(domains: Sequence[str], stages: Sequence[Stage]) -> list[int | None]:
+    """For every domain the number (from 1) of the stage that trains it first, None where none does."""
+    return [next((t for t, stage in enumerate(stages, start=1) if name in stage.domains), None) for name in domains]
+
+
 def stage_of(stages: Sequence[Stage], epoch: int) -> int:
     """Index of the stage that global ``epoch`` belongs to; past the end it is the last one."""
     end = 0

@@ -1,8 +1,13 @@
+import math
+import re
+from typing import ClassVar
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy, continual_scores
-from fulgurite.metrics.vqa_accuracy import VQAAccuracy, answer_credit
+from fulgurite.metrics.vqa_accuracy import VQAAccuracy, answer_credit, best_answers
 
 
 def test_scores_equal_the_definitions_by_hand():
@@ -73,3 +78,59 @@ def test_one_domain_and_no_stage_keep_their_shape():
     found = metric.results()
     assert found["matrix"].tolist() == [[0.5]]
     assert found["by_kind"].tolist() == [[[1.0]]]
+
+
+def test_domains_without_a_counted_question_are_in_no_mean():
+    """The scores are those of the matrix without their columns."""
+    nan = math.nan
+    matrix = torch.tensor(
+        [[0.1, nan, 0.2, 0.3, nan], [0.8, nan, 0.25, 0.3, nan], [0.9, nan, 0.7, 0.4, nan], [0.6, nan, 0.5, 0.9, nan]]
+    ).double()
+    stages = [1, 2, 3, None, None]
+    assert continual_scores(matrix, stages) == continual_scores(matrix[:, [0, 2, 3]], [1, 3, None])
+    assert continual_scores(matrix[:, [1, 4]], [1, None]) == {}
+
+
+def test_counting_uses_no_operation_that_deterministic_cuda_refuses():
+    """The names are those that torch itself lists, as the refusal shows on a GPU alone."""
+
+    class Calls(TorchFunctionMode):
+        names: ClassVar[set[str]] = set()
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.names.add(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    listed = torch.use_deterministic_algorithms.__doc__.partition("RuntimeError` when ``mode=True``:")[2].partition(
+        "In addition"
+    )[0]
+    refused = set(re.findall(r":func:`torch\.(?:Tensor\.)?(\w+)`", listed))
+    assert {"bincount", "histc", "put_"} <= refused
+    metric, calls = ContinualAccuracy(2, 1, 2), Calls()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with calls:
+            metric.update(1, torch.tensor([0, 1, 1]), torch.tensor([0.5, 1.0, 0.25]), torch.tensor([1, -1, 0]))
+            credit = answer_credit(torch.eye(3), torch.eye(3), top_k=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls.names
+    assert not calls.names & refused
+    assert metric.credit[1].tolist() == [[0.0, 0.5, 0.0], [0.25, 0.0, 1.0]]
+    assert credit.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_an_unknown_column_is_refused():
+    with pytest.raises(IndexError):
+        ContinualAccuracy(2, 1).update(0, torch.tensor([-1]), torch.tensor([1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_answers_the_first_is_best(dtype):
+    """As a sort of (-logit, index) pairs says; coarse logits make many ties."""
+    logits = torch.randint(4, (50, 200), generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = [sorted(range(200), key=lambda i: (-row[i], i))[:10] for row in logits.tolist()]
+    assert best_answers(logits, 10).tolist() == expected
+    assert best_answers(logits[:, :3], 10).shape == (50, 3)
+    credit = torch.nn.functional.one_hot(torch.tensor([row[0] for row in expected]), 200)
+    assert answer_credit(logits, credit).tolist() == [1.0] * 50

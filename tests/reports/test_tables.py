@@ -2,7 +2,7 @@ import math
 
 from rich.console import Console
 
-from fulgurite.reports.tables import best_cells, html_table, percent, terminal_table
+from fulgurite.reports.tables import best_cells, html_table, percent, terminal_table, uncounted
 
 
 def test_percent():
@@ -46,3 +46,14 @@ def test_terminal_table_keeps_order_and_every_number_in_eighty_columns(continual
         ["last", "adapter", "58.3", "73.3", "16.7", "100.0"],
         ["oracle", "domain", "70.8", "0.0", "66.7", "75.0"],
     ]
+
+
+def test_domains_that_were_not_counted_are_told(continual):
+    assert uncounted([0.5, 0.0]) == ""
+    assert uncounted([0.5, math.nan, None]) == "not counted, for want of test questions: 2 of 3 domains"
+    modes = {m: s | {"matrix": [[0.5, math.nan]]} for m, s in continual.results["modes"].items()}
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(terminal_table(continual.results, {}))
+    assert "not counted" not in console.export_text()
+    console.print(terminal_table(continual.results | {"modes": modes}, {}))
+    assert "not counted, for want of test questions: 1 of 2 domains" in " ".join(console.export_text().split())

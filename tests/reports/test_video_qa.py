@@ -100,3 +100,20 @@ def test_plain_test_has_accuracy_with_its_error_and_by_kind(continual):
     assert '<tr><td>blue</td><td class="text">count</td><td>60.0</td>' in section.html
     assert [column.header for column in section.printed.columns][:2] == ["domain", "accuracy, %"]
     assert section.printed.row_count == 2
+
+
+def test_domains_that_were_not_counted_are_told_beside_the_means(continual):
+    note = "not counted, for want of test questions: 1 of 2 domains"
+    assert note not in by_title(sections_of_continual(continual))["Modes"].html
+    results = json.loads(json.dumps(continual.results))
+    for scores in results["modes"].values():
+        for row in scores["matrix"]:
+            row[1] = math.nan
+        del scores["forgetting"]
+    answers = [a for a in continual.answers if a["domain"] == "red"]
+    html = by_title(sections_of_continual(replace(continual, results=results, answers=answers)))["Modes"].html
+    assert note in html
+    plain = {"domains": ["red", "blue"], "kinds": [], "matrix": [[0.5, math.nan]], "top10": [1.0, math.nan]}
+    (section,) = sections_of_plain(plain | {"by_kind": [[], []]}, continual.samples)
+    assert note in section.html
+    assert section.printed.caption == note
