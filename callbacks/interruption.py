@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -31,6 +32,9 @@ class Interruption(pl.Callback):
     them stop between the same two batches: a fit within one batch and one save, with its state in ``checkpoints/last``.
     A second SIGINT stops at once, without a checkpoint. A stop in the middle of a validation is stored so that the
     resumed run does the whole validation again. Before the first batch the signals end the process as ever.
+
+    Under SLURM with automatic requeueing the requeue signal (SIGUSR1 by default) also queues the job again; give its
+    command ``--resume auto``.
 
     Where the run fails otherwise, the processes that this one has started end with it, those that hang included.
 
@@ -109,6 +113,10 @@ class Interruption(pl.Callback):
             path = Path(trainer.default_root_dir, CHECKPOINTS, "last")
             trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(f"{signal.Signals(self.received).name}: step {trainer.global_step} is saved in {path}")
+        environment = trainer._accelerator_connector.cluster_environment
+        requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        if requeues and self.received == environment.requeue_signal and trainer.is_global_zero:
+            requeue()
 
 
 class _Handlers(_SignalConnector):
@@ -123,6 +131,14 @@ class _Handlers(_SignalConnector):
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 signal.signal(number, self.interruption.note)
+
+
+def requeue() -> None:
+    """Ask SLURM to queue this job, or this task of an array, once more."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    done = subprocess.run(["scontrol", "requeue", job], check=False)
+    rank_zero_info(f"requeued SLURM job {job}" if done.returncode == 0 else f"scontrol requeue {job} failed")
 
 
 def end_all(processes: list[subprocess.Popen]) -> None:

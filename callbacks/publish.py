@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,10 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
+from fulgurite.callbacks.finite import FiniteCheck, any_rank, first_not_finite
 from fulgurite.checkpoints import remove_leftovers, retain
 from fulgurite.checkpoints.runs import ADAPTERS, ARTEFACTS, CHECKPOINTS
 from fulgurite.methods.adapters.bank import AdapterBank
 
+PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 PublishedHook = Callable[[pl.Trainer, pl.LightningModule, Path], None]
 
 
@@ -166,8 +169,12 @@ class PublishedCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Hand the current metrics and the size of the model to the manifest."""
-        checkpoint.setdefault(MANIFEST_KEY, {})["parameters"] = parameters_of(pl_module)
+        """Hand the current metrics, the size of the model and whether it is finite to the manifest."""
+        facts = checkpoint.setdefault(MANIFEST_KEY, {})
+        facts["parameters"] = parameters_of(pl_module)
+        if not any(isinstance(callback, FiniteCheck) for callback in trainer.callbacks):  # which lets no other through
+            trained = ((name, p) for name, p in pl_module.named_parameters() if p.requires_grad)
+            facts["finite"] = not any_rank(trainer, first_not_finite(trained) is not None)
         checkpoint[METRICS_KEY] = {
             name: value.item()
             for name, value in trainer.callback_metrics.items()
@@ -175,14 +182,27 @@ class PublishedCheckpoint(ModelCheckpoint):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """As Lightning's, and the folders that are this callback's to delete."""
-        return {**super().state_dict(), "own": list(self._own)}
+        """As Lightning's, and the folders that are this callback's to delete; by name, so that a run can be moved."""
+        state = super().state_dict()
+        best = {self._name(path): score for path, score in state["best_k_models"].items()}
+        names = {key: self._name(state[key]) for key in PATHS}
+        return {**state, **names, "best_k_models": best, "own": [*map(self._name, self._own)], "dirpath": ""}
+
+    def _name(self, path: str) -> str:
+        return os.path.relpath(path, self.dirpath) if path else ""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the folders of the run that is resumed, where it lies in the same place."""
-        super().load_state_dict(state_dict)
-        if state_dict["dirpath"] == self.dirpath:
-            self._own = list(state_dict["own"])
+        """Go on with those folders that are in this run."""
+
+        def here(name: str) -> str:
+            path = os.path.join(self.dirpath, name)
+            return path if name and os.path.isdir(path) else ""
+
+        state = state_dict | {"dirpath": self.dirpath}
+        state |= {key: here(state[key]) for key in PATHS}
+        state["best_k_models"] = {here(name): score for name, score in state["best_k_models"].items() if here(name)}
+        self._own = [here(name) for name in state["own"] if here(name)]
+        super().load_state_dict(state)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         counted = filepath != self.last_model_path

@@ -23,7 +23,15 @@ from fulgurite.checkpoints import Manifest, MismatchError
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
 from fulgurite.modules.facts import check_epochs, describe_difference, read_facts, require_same_tensors, stage_names
-from fulgurite.modules.optimization import ParamGroup, grouped, steps_of_stages
+from fulgurite.modules.optimization import (
+    ParamGroup,
+    apply_options,
+    group_options,
+    grouped,
+    optimizer_facts,
+    require_same_optimizer,
+    steps_of_stages,
+)
 from fulgurite.modules.sharding import reshard, shard_blocks
 from fulgurite.samples import Collator, DataInfo, Stage, stage_of
 
@@ -63,6 +71,8 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.data_info: DataInfo | None = None
         self.stages: tuple[Stage, ...] = ()
         self.stage = -1
+        self.optimizer_facts: dict[str, Any] = {}
+        self.resumed_optimizer: dict[str, Any] | None = None
 
     def collator(self, stage: str) -> Collator:
         """The backbone's collator; usable without a trainer."""
@@ -128,7 +138,10 @@ class AdaptedModule(pl.LightningModule, ABC):
         shard_blocks(self, self.backbone, self.backbone.spec, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
-        """A resume in the middle of an epoch skips its start."""
+        """A resume in the middle of an epoch skips its start. What is configured beats a checkpoint's options."""
+        if self.resumed_optimizer is not None:
+            apply_options(self.optimizers().optimizer, self.lr_schedulers(), self.optimizer_options)
+            self.resumed_optimizer = None
         self.enter_stage()
 
     def on_train_epoch_start(self) -> None:
@@ -163,6 +176,10 @@ class AdaptedModule(pl.LightningModule, ABC):
         staged = StagedSchedule(self.schedule, steps_of_stages(self.stages, self.trainer))
         # A function is left out of checkpoints, an object is not.
         scheduler = LambdaLR(optimizer, lambda step: staged(step))
+        facts = optimizer_facts(optimizer, named)
+        if self.resumed_optimizer is not None:
+            require_same_optimizer(self.resumed_optimizer, facts)
+        self.optimizer_facts, self.optimizer_options = facts, group_options(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -199,18 +216,20 @@ class AdaptedModule(pl.LightningModule, ABC):
             "info_digest": self.info.digest,
             "stages": [asdict(s) for s in self.stages],
             "stage": self.stage,
+            "optimizer": self.optimizer_facts,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build for the checkpoint's data and refuse another backbone.
 
         Raises:
-            MismatchError: other vocabulary, domains or backbone than the checkpoint's.
+            MismatchError: other vocabulary, domains or backbone than the checkpoint's, or no such checkpoint at all.
         """
-        facts = checkpoint["fulgurite"]
+        facts = checkpoint.get("fulgurite", {})
         info, stages = read_facts(facts)
         if self.trainer.state.fn == "fit":
             check_epochs(stages, self.stages, facts["stage"])
+            self.resumed_optimizer = facts["optimizer"]
         elif info != self.info:
             self.forget()
         self.restore(facts)

@@ -165,7 +165,13 @@ class ContinualVideoQA(VideoQA):
         """Keep the live set where it is the stage's best so far; the row is that of what the stage keeps."""
         if "live" in rows:
             columns = [i for i, stage in enumerate(self.own_stage) if stage == self.stage + 1]
-            own = rows["live"][columns].mean().item()
+            own = mean_of_known(rows["live"][columns])
+            if own != own:
+                raise ValueError(
+                    f"selection: best saw no validation question of stage {self.stages[self.stage].name!r}: raise "
+                    "trainer.limit_val_batches, give its domains validation questions, or set "
+                    "model.init_args.selection: last"
+                )
             if own > self.best_accuracy:
                 self.best_accuracy = own
                 reshard(self)

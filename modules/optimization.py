@@ -9,7 +9,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
+from fulgurite.checkpoints import MismatchError
 from fulgurite.samples import Stage, batches_within
 
 
@@ -55,3 +58,41 @@ def steps_of_stages(stages: Sequence[Stage], trainer: Trainer) -> list[int]:
     if len(steps) == 1 and trainer.max_steps > 0:
         return [min(steps[0], trainer.max_steps)]
     return steps
+
+
+def optimizer_facts(optimizer: Optimizer, named: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What an optimizer's state belongs to: its class, and the names of the tensors in every group."""
+    names = {id(tensor): name for name, tensor in named.items()}
+    kind = type(optimizer)
+    groups = [[names[id(tensor)] for tensor in group["params"]] for group in optimizer.param_groups]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "groups": groups}
+
+
+def require_same_optimizer(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `MismatchError` where the state of one optimizer cannot go on in the other."""
+    if saved["class"] != now["class"]:
+        what = f"optimizer is {now['class']}, and the checkpoint holds the state of {saved['class']}"
+    elif saved["groups"] != now["groups"]:
+        then, here = ([len(group) for group in facts["groups"]] for facts in (saved, now))
+        what = f"param_groups make groups of {here} tensors, and the checkpoint's are of {then}"
+    else:
+        return
+    raise MismatchError(
+        f"this run's {what}: resume with the checkpoint's model.init_args.optimizer and param_groups, or start a new "
+        "run from its weights (--init_from)"
+    )
+
+
+def group_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The options of every group, without its tensors."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def apply_options(optimizer: Optimizer, scheduler: LambdaLR, options: Sequence[Mapping[str, Any]]) -> None:
+    """Give a resumed optimizer the configured options in place of the checkpoint's, at its place in the schedule."""
+    for group, configured in zip(optimizer.param_groups, options, strict=True):
+        group.update(configured)
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

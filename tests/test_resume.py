@@ -193,6 +193,40 @@ def test_stopped_by_sigterm_and_by_max_steps(whole, cli, monkeypatch, tmp_path):
     assert metrics(run) == metrics(whole)
 
 
+def test_what_is_configured_for_the_optimizer_beats_the_checkpoint(whole, cli, tmp_path):
+    """From the checkpoint of step 4 on with another rate, as if the run had had it since then."""
+    options = (
+        "--model.init_args.optimizer.init_args.lr",
+        "0.5",
+        "--model.init_args.optimizer.init_args.weight_decay",
+        "0.3",
+    )
+    argv = ("--ckpt_path", checkpoint(whole, 4), "--run", tmp_path / "run", *EVERY_STEP, *options)
+    assert cli("fit", *argv, "--test_after_fit", "false") == 0
+    (then,), (now,) = (
+        load_document(checkpoint(run, 5), "state")["optimizer_states"][0]["param_groups"]
+        for run in (whole, tmp_path / "run")
+    )
+    assert (now["initial_lr"], now["weight_decay"]) == (0.5, 0.3)
+    assert now["lr"] / 0.5 == pytest.approx(then["lr"] / then["initial_lr"])
+    schedule = load_document(checkpoint(tmp_path / "run", 5), "state")["lr_schedulers"][0]
+    assert schedule["base_lrs"] == [0.5]
+    assert losses(tmp_path / "run")[5] != losses(whole)[5]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model.init_args.optimizer", "torch.optim.SGD"), "state of torch.optim.adamw.AdamW"),
+        (("--model.init_args.param_groups", "[{pattern: video_projection, lr: 0.1}]"), "param_groups make groups of"),
+    ],
+)
+def test_a_state_of_another_optimizer_is_refused(options, said, whole, cli, capsys, tmp_path):
+    argv = ("--ckpt_path", checkpoint(whole, 4), "--run", tmp_path / "run", *options)
+    assert cli("fit", *argv) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_with_max_steps_an_epoch_end_is_taken_up_at_the_next_epoch(cli, tmp_path):
     argv = ("--trainer.max_steps", "5", *EVERY_STEP, "--test_after_fit", "false")
     assert cli("fit", *argv, "--run", tmp_path / "whole") == 0

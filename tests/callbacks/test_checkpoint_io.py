@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -121,7 +122,8 @@ def test_folders_and_hooks(unbroken):
     facts = dict(manifest.facts)
     assert facts.pop("software")["torch"] == torch.__version__
     count = sum(p.numel() for p in Toy().parameters())
-    assert facts == {"epoch": 2, "global_step": 24, "parameters": {"trained": count, "model": count}}
+    parameters = {"trained": count, "model": count}
+    assert facts == {"epoch": 2, "global_step": 24, "finite": True, "parameters": parameters}
     assert manifest.settings == {"rate": 0.01}
     assert manifest.metrics["val/loss"] > 0
     assert (manifest.kind, manifest.base) == ("self-contained", None)
@@ -214,6 +216,30 @@ def test_without_a_monitor_the_newest_stay_and_others_folders_are_left_alone(tmp
     fit(tmp_path, again, epochs=2, ckpt_path=tmp_path / "c" / "last")
     steps = {f"epoch=1-step={step}" for step in (12, 14, 16)}
     assert {path.name for path in (tmp_path / "c").iterdir()} == {*steps, "last", "named"}
+
+
+def test_a_moved_run_goes_on_with_its_own_folders_and_holds_no_path_of_the_machine(tmp_path):
+    saved = PublishedCheckpoint(tmp_path / "a" / "c", every_n_train_steps=4, monitor="val/loss", save_top_k=1)
+    fit(tmp_path, saved, epochs=2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert str(tmp_path) not in (tmp_path / "b" / "c" / "last" / "state.json").read_text()
+    again = PublishedCheckpoint(tmp_path / "b" / "c", every_n_train_steps=4, monitor="val/loss", save_top_k=1)
+    fit(tmp_path, again, epochs=3, ckpt_path=tmp_path / "b" / "c" / "last")
+    assert len(list((tmp_path / "b" / "c").iterdir())) <= 3  # the best, the newest, last
+    assert Path(again.best_model_path).parent == tmp_path / "b" / "c"
+    assert Path(again.best_model_path).is_dir()
+
+
+def test_weights_that_are_not_finite_do_not_push_out_those_that_are(tmp_path):
+    class Spoil(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 5:
+                pl_module.net[0].weight.data.fill_(float("nan"))
+
+    saved = PublishedCheckpoint(tmp_path / "c", every_n_train_steps=2, save_top_k=1, save_last=False)
+    fit(tmp_path, Spoil(), saved, epochs=1)
+    kept = {path.name: read_manifest(path).facts["finite"] for path in (tmp_path / "c").iterdir()}
+    assert kept == {"epoch=0-step=4": True, "epoch=0-step=8": False}
 
 
 def test_the_last_good_checkpoint_is_never_deleted(tmp_path):

@@ -62,12 +62,14 @@ def test_rows_get_the_question_and_the_video_of_the_sample_in_their_place():
     samples = [
         Sample(id="a", domain="d", question="Who?", video=Video(Path("v/a.mp4"))),
         Sample(id="b", domain="e", question="What?"),
-        Sample(id="c", domain="e", question="Not asked"),
+        Sample(id="c", domain="e", question="Third?", video=Video(Path("/home/me/v/c.mp4"), "v/c.mp4")),
+        Sample(id="d", domain="e", question="Not asked"),
     ]
-    rows = [{"id": "a", "answer": "x"}, {"id": "b", "question": "kept", "answer": "y"}]
+    rows = [{"id": "a", "answer": "x"}, {"id": "b", "question": "kept", "answer": "y"}, {"id": "c"}]
     assert with_questions(rows, samples) == [
         {"id": "a", "domain": "d", "question": "Who?", "video": "v/a.mp4", "answer": "x"},
         {"id": "b", "domain": "e", "question": "kept", "video": None, "answer": "y"},
+        {"id": "c", "domain": "e", "question": "Third?", "video": "v/c.mp4"},
     ]
     assert list(with_questions(rows, samples)[0]) == ["id", "domain", "question", "video", "answer"]
     assert with_questions([{"id": "b"}, {"other": 1}], samples) == [{"id": "b"}, {"other": 1}]
