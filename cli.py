@@ -34,6 +34,7 @@ exit codes:
   1    another error, with its traceback
   2    bad config or bad input, one message on stderr: an option or a file is wrong, a constructor refuses its
        arguments, or fulgurite itself refuses a setting (ValueError, LookupError) when it turns out to be wrong
+  3    loss, gradients or weights that are NaN or infinite, one message
   130  ended by Ctrl-C (SIGINT)
   138  ended by SIGUSR1
   143  ended by SIGTERM

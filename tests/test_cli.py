@@ -24,7 +24,7 @@ def test_help_names_every_command_and_exit_code(argv, capsys):
     assert main(argv) == 0
     text = capsys.readouterr().out
     assert all(f"\n  {command} " in text for command in COMMANDS)
-    assert all(f"\n  {code} " in text for code in (0, 1, 2, 130, 138, 143))
+    assert all(f"\n  {code} " in text for code in (0, 1, 2, 3, 130, 138, 143))
 
 
 def test_version(capsys):
