@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fulgurite.checkpoints import Manifest
 
 STATE = "state.safetensors"  # of optimizer and loops, no part of the model
+WEIGHTS = "weights"
 SHARD = "shard-"
 Entry = tuple[Path, "Manifest"]
 
@@ -68,15 +69,29 @@ def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def sets_of(manifest: Manifest) -> dict[str, dict[str, int]]:
     """``tensors``, ``parameters`` and ``bytes`` of each adapter set and of each other part of the model."""
     sizes: dict[str, dict[str, int]] = {}
-    for file, records in manifest.tensors.items():
-        for name, record in records.items() if file != STATE else ():
-            head = name.split(".")
-            part = head[2] if head[:2] == ["bank", "sets"] else manifest.facts.get("set", head[0])
-            row = sizes.setdefault(part, {"tensors": 0, "parameters": 0, "bytes": 0})
-            row["tensors"] += 1
-            row["parameters"] += math.prod(record.shape)
-            row["bytes"] += math.prod(record.shape) * _itemsize(record.dtype)
+    for name, shape, dtype in model_tensors(manifest):
+        head = name.split(".")
+        part = head[2] if head[:2] == ["bank", "sets"] else manifest.facts.get("set", head[0])
+        row = sizes.setdefault(part, {"tensors": 0, "parameters": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["parameters"] += math.prod(shape)
+        row["bytes"] += math.prod(shape) * _itemsize(dtype)
     return sizes
+
+
+def model_tensors(manifest: Manifest) -> Iterator[tuple[str, list[int], str]]:
+    """Name, whole shape and type of every tensor of the model, each once where its slices lie in several files."""
+    from fulgurite.checkpoints.shards import SHARDS
+
+    sliced = manifest.structure.get(SHARDS)
+    kinds: dict[str, str] = {}
+    for file, records in manifest.tensors.items():
+        if sliced is not None and file.startswith(SHARD):
+            kinds |= {name: record.dtype for name, record in records.items()}
+        elif file != STATE:
+            yield from ((name, record.shape, record.dtype) for name, record in records.items())
+    for name, entry in (sliced or {}).get(WEIGHTS, {}).items():
+        yield name, entry["shape"], kinds[f"{WEIGHTS}/{name}"]
 
 
 def print_overview(root: Path, entries: Iterable[Entry]) -> None:
@@ -155,6 +170,8 @@ def print_metrics(title: str, metrics: Mapping[str, Any]) -> None:
 
 def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What a checkpoint is and what it was made from, by name; only what the manifest knows."""
+    from fulgurite.checkpoints.shards import SHARDS
+
     facts, base = manifest.facts, manifest.base
     yield "kind", manifest.kind
     if base is not None:
@@ -178,8 +195,11 @@ def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "trained", f"{trained:,} of {model:,} parameters ({trained / max(model, 1):.2%})"
     for parent in manifest.parents:
         yield "made from", f"{parent.get('path')}  {parent.get('digest')}"
+    if SHARDS in manifest.structure:
+        yield SHARDS, f"{sum(file.startswith(SHARD) for file in manifest.files)} files"
     for key, value in manifest.structure.items():
-        yield "structure", f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}"
+        if key != SHARDS:
+            yield "structure", f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}"
     yield "size", size_text(_bytes(manifest))
     yield "software", ", ".join(f"{name} {version}" for name, version in facts.get("software", {}).items())
 

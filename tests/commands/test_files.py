@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulgurite.checkpoints import read_manifest, save_checkpoint_folder, write_json, write_text
+from fulgurite.checkpoints import load_tensors, read_manifest, save_checkpoint_folder, write_json, write_text
+from fulgurite.checkpoints.shards import SHARDS, Place, layout_of, shard_stem
+from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
+from fulgurite.checkpoints.tensorfile import write_tensors
 from fulgurite.cli import main
 
 BASE = {"source": "tiny-text", "digest": "xxh3_128:0a"}
@@ -147,6 +150,52 @@ def test_inspect_for_a_machine(run, capsys):
     every = json.loads(capsys.readouterr().out)
     assert [Path(each["path"]).name for each in every] == ["red", "first", "last"]
     assert every[2] == one
+
+
+@pytest.fixture
+def sharded(tmp_path, monkeypatch):
+    """A checkpoint of two ranks: slices of two tensors and of the optimizer's state, and a buffer that is whole."""
+    monkeypatch.chdir(tmp_path)
+    state = "optimizer_states.0.state.0.exp_avg"
+    whole = {"weights/layer.weight": torch.arange(12.0).reshape(3, 4), "weights/layer.bias": torch.ones(1)}
+    whole[f"state/{state}"] = torch.ones(3, 4)
+    halves = [{name: tensor[:2] for name, tensor in whole.items()}, {n: t[2:] for n, t in whole.items()}]
+    places = [
+        {tuple(n.split("/")): Place(whole[n].shape, (start, *[0] * (t.ndim - 1)), t.shape) for n, t in half.items()}
+        for start, half in zip((0, 2), halves)
+    ]
+    manifest = new_manifest(structure={SHARDS: layout_of(places), "family": "bert"})
+
+    def others(folder):
+        files = {f"{shard_stem(rank, 2)}.safetensors": half for rank, half in enumerate(halves)}
+        return {name: write_tensors(folder / name, half, "xxh3_128") for name, half in files.items()}
+
+    written = encode({"weights": {"seen.count": torch.zeros(5)}})
+    write_checkpoint("sharded", manifest, *written, others=others)
+    assert load_tensors("sharded")["layer.weight"].equal(whole["weights/layer.weight"])
+    return "sharded"
+
+
+def test_inspect_counts_each_tensor_of_slices_once(sharded, capsys):
+    assert main(["inspect", sharded]) == 0
+    out = capsys.readouterr().out
+    found = rows(out)
+    assert ["layer", "2", "13", "52", "B"] in found
+    assert ["seen", "1", "5", "20", "B"] in found
+    assert ["shards", "2", "files"] in found
+    assert [row for row in found if row[:1] == ["structure"]] == [["structure", "family:", '"bert"']]
+    for part in ("weights/", "state/", "pieces", "offset", "exp_avg"):
+        assert part not in out, part
+    assert main(["inspect", sharded, "--json"]) == 0
+    sets = json.loads(capsys.readouterr().out)["sets"]
+    assert sets == {
+        "layer": {"tensors": 2, "parameters": 13, "bytes": 52},
+        "seen": {"tensors": 1, "parameters": 5, "bytes": 20},
+    }
+    assert main(["inspect", sharded, "--tensors"]) == 0
+    assert ["weights/layer.weight", "float32", "[2,", "4]", "shard-00000-of-00002.safetensors"] in rows(
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
