@@ -19,18 +19,24 @@ STRATEGY = "fulgurite.callbacks.strategy.ModelParallelStrategy"
 # Lightning has a class of the same name, which does not write this project's checkpoints.
 STRATEGIES = {"ModelParallelStrategy": STRATEGY, "fsdp2": STRATEGY}
 
-_CLASS = re.compile(r"^class ([A-Z]\w*)", re.MULTILINE)
+GENERATORS = ROOT / "datamodules" / "worlds"  # makes the default data; no config names its classes
+
+# Frozen dataclasses are what code hands on to code.
+_CLASS = re.compile(r"^(?<!@dataclass\(frozen=True\)\n)class ([A-Z]\w*)", re.MULTILINE)
 _NAME = re.compile(r"(?<![\w.])[A-Z]\w*(?![\w.])")
 
 
 @cache
 def class_table() -> dict[str, list[str]]:
-    """Short name -> modules that define a public top-level class of that name: one, unless a name is used
-    twice.
+    """Short name -> modules that define a public top-level class of that name: one, unless a name is used twice.
+
+    Without frozen dataclasses and without the classes of `GENERATORS`.
     """
     table: dict[str, list[str]] = {}
     for folder in FOLDERS:
         for file in sorted((ROOT / folder).rglob("*.py")):
+            if file.is_relative_to(GENERATORS):
+                continue
             parts = file.relative_to(ROOT).with_suffix("").parts
             module = ".".join(("fulgurite", *(part for part in parts if part != "__init__")))
             for name in _CLASS.findall(file.read_text(encoding="utf-8")):
