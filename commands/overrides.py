@@ -33,7 +33,7 @@ def refuse_into_lists(invocation: Invocation) -> None:
                 f"{key}: {above} is a list of {len(entries)} ({where}), and this would change its last entry alone. "
                 f"Give the whole list, in a YAML file after it or as --{above} '{shorten(flow, 1000)}'"
             )
-        given = load_text(value) if value.startswith("[") else value
+        given = load_text(value, f"--{key}") if value.startswith("[") else value
         if isinstance(given, list):
             lists[key] = (given, "command line")
         else:

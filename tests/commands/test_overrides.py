@@ -35,6 +35,21 @@ def test_an_option_into_a_list_of_the_command_line_is_refused(nested):
     assert "a list of 2 (command line)" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (["--model.places", "[{points"], "--model.places, line"),
+        (["--data.init_args.size=[1,"], "--data.size, line"),
+        (["--trainer.callbacks+=[{a"], "--trainer.callbacks, line"),
+        (["--trainer", "{a: "], '"trainer"'),
+    ],
+)
+def test_a_list_that_is_no_yaml_is_named_with_its_option(option, name, nested):
+    code, _, err = nested(*option)
+    assert code == 2
+    assert name in err
+
+
 def test_the_whole_list_and_an_entry_added_by_name_can_be_set(nested):
     argv = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=a")
     code, out, _ = nested("--model.places=[{points: [c], kind: nested_project.Kind}]", *argv, "--print_config")
