@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import jsonargparse
 
+from fulgurite.commands.building import Building, build
 from fulgurite.commands.errors import BAD_INPUT, DONE, ConfigError
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import EPILOG, PARSER_MODE, imports_allowed
@@ -55,9 +56,8 @@ def run(command: str, argv: list[str]) -> int:
     with imports_allowed(invocation.allow):
         import_named(invocation.typed, invocation.documents)
         if names_a_record(invocation):
-            options, rest = _shared(PlainParser(prog="fulgurite features", description=DESCRIPTION)).parse_known_args(
-                argv
-            )
+            shared = _shared(PlainParser(prog="fulgurite features", description=DESCRIPTION))
+            options, rest = shared.parse_known_args(invocation.typed)
             job = job_of_record(Invocation.of("fit", rest))
         else:
             options, job = job_of_flags(invocation)
@@ -121,9 +121,10 @@ def job_of_flags(invocation: Invocation) -> tuple[jsonargparse.Namespace, Job]:
     parser = _parser()
     try:
         options = parser.parse_args(list(invocation.arguments))
-        built = parser.instantiate(options)
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise explain(error, parser, invocation) from error
+    with Building(options, invocation) as building:
+        built = parser.instantiate(options, instantiators=[(building.through(build), object, True)])
     videos = [Video(path) for path in _video_files(options.videos)]
     store = FeatureStore(Path(options.store), options.dtype)
     return options, Job(videos, FeatureExtractor(built.encoder, built.sampling), store)

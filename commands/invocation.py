@@ -6,10 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.names import STRATEGIES
-from fulgurite.commands.yaml_loader import load_file
+from fulgurite.commands.yaml_loader import load_file, load_text
+
+FLAGS = ("resume_from_older", "test_after_fit")  # true where nothing follows
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Invocation:
 
     Attributes:
         command: fit, validate, test or predict.
-        typed: the arguments as typed.
+        typed: the arguments as typed, in the form of `spelt`.
         configs: the ``--config`` files, left to right.
         documents: their contents, one mapping each.
         allow: the prefixes of ``--allow``.
@@ -35,6 +38,7 @@ class Invocation:
     @classmethod
     def of(cls, command: str, argv: Sequence[str]) -> Invocation:
         """Read the arguments and every config file that they name. Raises ``ConfigError``."""
+        argv = spelt(argv)
         configs = tuple(Path(value) for value in values_of(argv, "--config", "-c"))
         documents = tuple(load_file(path) for path in configs)
         allow = tuple(values_of(argv, "--allow"))
@@ -52,16 +56,35 @@ class Invocation:
 
         Raises ``ConfigError`` where a config gives something else than text.
         """
+        value, where = self._last(name)
+        if where == "command line":
+            return None if value in ("null", "") else value
+        if not isinstance(value, str | None):
+            raise ConfigError(f"{name}: expected text, got {str(value)[:80]!r} ({where})")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """An option that is true or false, found as `option` finds one; False where nobody sets it.
+
+        Raises ``ConfigError`` for any other value.
+        """
+        value, where = self._last(name)
+        if where == "command line":
+            value = load_text(value, f"--{name}")
+        if not isinstance(value, bool) and where:
+            raise ConfigError(f"{name}: expected true or false, got {str(value)[:80]!r} ({where})")
+        return bool(value)
+
+    def _last(self, name: str) -> tuple[Any, str]:
+        """The value that holds and who set it; (None, "") where nobody did."""
         typed = values_of(self.typed, f"--{name}")
         if typed:
-            return None if typed[-1] in ("null", "") else typed[-1]
+            return typed[-1], "command line"
         for path, document in reversed(list(zip(self.configs, self.documents))):
             found, value = _look_up(document, name)
-            if found and not isinstance(value, str | None):
-                raise ConfigError(f"{name}: expected text, got {str(value)[:80]!r} ({path})")
             if found:
-                return value
-        return None
+                return value, str(path)
+        return None, ""
 
     def source_of(self, key: str) -> str:
         """Who set a dotted key: "command line", the name of the last config that has it, or "default"."""
@@ -93,6 +116,23 @@ def _holds(document: object, key: str) -> bool:
         if key.startswith(f"{name}.") and _holds(value, key.removeprefix(f"{name}.")):
             return True
     return False
+
+
+def spelt(argv: Sequence[str]) -> list[str]:
+    """``argv`` with ``--some-option`` as ``--some_option``, and ``true`` behind each of `FLAGS` that has no value.
+
+    Names with a dot stay: they may hold keys of the user's own.
+    """
+    kept = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and "." not in name:
+            name = "--" + name[2:].replace("-", "_")
+            if name[2:] in FLAGS and not equals and following.startswith("-"):
+                equals, value = "=", "true"
+            argument = name + equals + value
+        kept.append(argument)
+    return kept
 
 
 def values_of(argv: Sequence[str], *flags: str) -> list[str]:

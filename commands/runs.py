@@ -28,7 +28,7 @@ from fulgurite.checkpoints.runs import CHECKPOINTS, EVALUATIONS
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.invocation import Invocation
 
-LIGHTNING_WORDS = ("best", "last", "hparams", "registry")
+LIGHTNING_WORDS = ("best", "last", "hparams", "registry")  # of a Trainer that has just fitted, or of a store elsewhere
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ def plan_of(invocation: Invocation) -> Plan:
     there.
     """
     named = invocation.option("ckpt_path")
+    if named in LIGHTNING_WORDS and not Path(named).exists():
+        advice = "; --resume auto goes on with the newest run" if invocation.command == "fit" else ""
+        raise ConfigError(f"--ckpt_path {named}: expected a checkpoint folder or a run folder{advice}")
     if invocation.command == "fit":
         run, checkpoint = _to_continue(invocation, named)
     else:
-        run, checkpoint = (
-            None,
-            checkpoint_at(named, "--ckpt_path") if named not in (None, *LIGHTNING_WORDS) else None,
-        )
+        run, checkpoint = None, checkpoint_at(named, "--ckpt_path") if named else None
     origin = None if checkpoint is None else run_of(checkpoint)
     made_with = None if origin is None else origin / "config.yaml"
     return Plan(run or origin, checkpoint, made_with, None if invocation.configs else made_with)
@@ -70,17 +70,28 @@ def _to_continue(invocation: Invocation, named: str | None) -> tuple[Path | None
     run = Path(chosen) if chosen else None
     if named and resume != "none":
         raise ConfigError("--resume and --ckpt_path both name what to continue; give one of them")
-    if named and named not in LIGHTNING_WORDS:
-        return run, checkpoint_at(named, "--ckpt_path")
-    if resume not in ("auto", "none"):
-        at = Path(resume)
-        return run, good_checkpoint(at, invocation) if is_run(at) else checkpoint_at(resume, "--resume")
     if resume == "auto":
         run = run or newest_run(experiment_folder(invocation))
         return run, good_checkpoint(run, invocation) if run is not None else None
-    if run is not None and (run / "config.yaml").exists():
-        raise ConfigError(f"--run {run}: holds a run already; add --resume auto to continue it, or name another folder")
-    return run, None
+    if named:
+        checkpoint = checkpoint_at(named, "--ckpt_path")
+    elif resume == "none":
+        checkpoint = None
+    else:
+        at = Path(resume)
+        checkpoint = (is_run(at) and good_checkpoint(at, invocation)) or checkpoint_at(resume, "--resume")
+    if run is not None and (run / "config.yaml").exists() and not is_of(checkpoint, run):
+        raise ConfigError(
+            f"--run {run}: holds a run already{'' if checkpoint is None else f', and not that of {checkpoint}'}; "
+            "add --resume auto to continue it, or name another folder"
+        )
+    return run, checkpoint
+
+
+def is_of(checkpoint: Path | None, run: Path) -> bool:
+    """Whether a checkpoint lies in this run."""
+    origin = None if checkpoint is None else run_of(checkpoint)
+    return origin is not None and origin.resolve() == run.resolve()
 
 
 def experiment_of(invocation: Invocation) -> str:
@@ -134,8 +145,14 @@ def remove_unused(folder: Path, before: set[str] | None) -> None:
 
 def newest_run(folder: Path) -> Path | None:
     """The newest run of an experiment that has a finished checkpoint."""
-    runs = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else []
+    runs = sorted(folder.iterdir(), key=time_and_number, reverse=True) if folder.is_dir() else []
     return next((run for run in runs if has_checkpoints(run)), None)
+
+
+def time_and_number(run: Path) -> tuple[str, int]:
+    """What orders the names that `new_run` makes: ``<time>``, ``<time>-2``, ``<time>-10``."""
+    made = re.fullmatch(r"(\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d)-(\d+)", run.name)
+    return (made[1], int(made[2])) if made else (run.name, 1)
 
 
 def has_checkpoints(run: Path) -> bool:
@@ -159,7 +176,7 @@ def good_checkpoint(run: Path, invocation: Invocation) -> Path | None:
             tensor, and the newest good checkpoint.
         ConfigError: there is no good one.
     """
-    older = (invocation.option("resume_from_older") or "").lower() in ("true", "yes", "on", "1")
+    older = invocation.flag("resume_from_older")
     try:
         newest = newest_checkpoint(run)
         problems = [] if newest is None else verify(newest).problems
@@ -172,9 +189,7 @@ def good_checkpoint(run: Path, invocation: Invocation) -> Path | None:
         raise ConfigError(f"{problems[0]} No checkpoint in {run / CHECKPOINTS} is good; start a new run.")
     step = f"{good[0]} (step {good[1].facts.get('global_step', 'unknown')})"
     if not older:
-        raise DamagedError(
-            f"{problems[0]} The newest good checkpoint is {step}: --resume_from_older true goes on there."
-        )
+        raise DamagedError(f"{problems[0]} The newest good checkpoint is {step}: --resume_from_older goes on there.")
     rank_zero_info(f"{problems[0]} Going on from the newest good checkpoint, {step}.")
     return good[0]
 

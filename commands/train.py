@@ -23,7 +23,7 @@ from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import plan_of
-from fulgurite.commands.train_cli import FOLDER_VARIABLE, TrainCLI
+from fulgurite.commands.train_cli import FOLDER_VARIABLE, TrainCLI, refuse_options_of_fit
 from fulgurite.modules.adapted import AdaptedModule
 
 # What Lightning warns of and this project does on purpose, by the start of the message.
@@ -49,6 +49,8 @@ def run(command: str, argv: list[str]) -> int:
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     invocation = Invocation.of(command, argv)
+    if command != "fit":
+        refuse_options_of_fit(invocation)
     plan = plan_of(invocation)
     more = [EVALUATED] if command != "fit" else [RESUMED] if plan.checkpoint is not None else []
     for message in (*EXPECTED, *more):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,7 +34,7 @@ from fulgurite.commands.differences import differences
 from fulgurite.commands.errors import ConfigError
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import EPILOG, PARSER_MODE
-from fulgurite.commands.invocation import Invocation
+from fulgurite.commands.invocation import Invocation, values_of
 from fulgurite.commands.overrides import dropped, refuse_into_lists
 from fulgurite.commands.runs import (
     Plan,
@@ -81,6 +81,21 @@ NOT_OPTIONS = {
 }
 # Options of one call rather than of the experiment: the config in the run folder does not repeat them.
 OF_ONE_CALL = ("config", "ckpt_path", "weights_only", "verbose", "resume", "resume_from_older", "run")
+
+
+def refuse_options_of_fit(invocation: Invocation) -> None:
+    """Refuse what the other commands would pass over, and evaluate a fresh module instead.
+
+    Only where it is typed, and a ``run`` or ``resume`` of a config, which no run's own config has: what a run was told
+    stands in its config, and is no question of an evaluation. Raises ``ConfigError``.
+    """
+    for name, *_ in FIT_OPTIONS:
+        typed = values_of(invocation.typed, f"--{name}")
+        written = name in ("run", "resume") and invocation.option(name) not in (None, "none")
+        if typed or (written and not invocation.option("ckpt_path")):
+            raise ConfigError(
+                f"{name}: an option of fit; give {invocation.command} the run or checkpoint as --ckpt_path"
+            )
 
 
 class TrainParser(LightningArgumentParser):
@@ -169,18 +184,16 @@ class TrainCLI(LightningCLI):
         """Keyword arguments of the Trainer method."""
         chosen = {name: self.config_init[name] for name in self.method_names}
         if self.plan.checkpoint is not None:
-            chosen["ckpt_path"] = str(self.plan.checkpoint)
+            # Absolute: a folder that is called `last` is a word to Lightning.
+            chosen["ckpt_path"] = str(self.plan.checkpoint.absolute())
         if self.invocation.command == "predict":
             chosen["return_predictions"] = False
         return {**chosen, "model": self.model, "datamodule": self.datamodule}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with this project's loggers, callbacks and checkpoint format, in the run folder."""
-        # Not needed to parse or to show the help.
-        from fulgurite.callbacks.adapter_files import AdapterFolders
-        from fulgurite.callbacks.report import Report
-
         settings = dict(self.config_init.trainer)
+        callbacks = self._callbacks(as_list(settings["callbacks"]))
         self.folder, self.before = self._new_folder()
         if settings["logger"] in (None, True):
             settings["logger"] = self._loggers() if self.invocation.command == "fit" else False
@@ -191,18 +204,7 @@ class TrainCLI(LightningCLI):
         settings["plugins"] = as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in settings["plugins"]):
             settings["plugins"].append(DigestCheckpointIO())
-        ours = [RunFolder(self.folder, self.written()), RandomStates(), AccumulatedGradients(), Interruption()]
-        callbacks = [*ours, *as_list(settings["callbacks"])]
-        if self.invocation.command != "predict" and not any(isinstance(c, Report) for c in callbacks):
-            callbacks.append(Report(self.config.experiment))
-        if self.invocation.command == "fit":
-            agree = next((c for c in callbacks if isinstance(c, RanksAgree)), None)
-            if agree is None:
-                callbacks.append(agree := RanksAgree())
-            agree.config = self.written()
-            callbacks += [FiniteCheck(self.config.non_finite), AdapterFolders()]
-        if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
-            callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
+        callbacks.insert(0, RunFolder(self.folder, self.written()))
         if settings["enable_checkpointing"] is not False and not settings["fast_dev_run"]:
             callbacks.append(self.config_init.checkpoint)
         try:
@@ -210,6 +212,36 @@ class TrainCLI(LightningCLI):
         except (ValueError, LookupError, TypeError, MisconfigurationException) as error:
             self.remove_unused_folder()
             raise ConfigError(f"trainer, refused by Trainer: {error}") from error
+
+    def _callbacks(self, users: list[Callback]) -> list[Callback]:
+        """The user's callbacks, and this project's of the classes of which the user has given none.
+
+        Raises ``ConfigError`` for two of one of these classes, for a `RunFolder`, and for an ``init_from`` of nothing.
+        """
+        # Not needed to parse or to show the help.
+        from fulgurite.callbacks.adapter_files import AdapterFolders
+        from fulgurite.callbacks.report import Report
+
+        first: list[Callback] = [RandomStates(), AccumulatedGradients(), Interruption()]
+        last = [Report(self.config.experiment)] if self.invocation.command != "predict" else []
+        if self.invocation.command == "fit":
+            last += [RanksAgree(), FiniteCheck(self.config.non_finite), AdapterFolders()]
+        theirs = {type(own): [c for c in users if isinstance(c, type(own))] for own in (*first, *last)}
+        if any(isinstance(c, RunFolder) for c in users):
+            raise ConfigError("trainer.callbacks: RunFolder is always there; leave it out, and set --run or --runs")
+        twice = next((kind.__name__ for kind, given in theirs.items() if len(given) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"trainer.callbacks: {twice} is there more than once; give one")
+        if theirs.get(FiniteCheck) and self.invocation.source_of("non_finite") == "command line":
+            rank_zero_info(f"--non_finite {self.config.non_finite}: not used, trainer.callbacks has a FiniteCheck")
+        first, last = ([own for own in some if not theirs[type(own)]] for some in (first, last))
+        callbacks = [*first, *users, *last]
+        for agree in callbacks:
+            if isinstance(agree, RanksAgree):
+                agree.config = self.written()
+        if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
+            callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
+        return callbacks
 
     def _data_options(self) -> dict[str, Any]:
         options = getattr(self.datamodule, "trainer_options", None)

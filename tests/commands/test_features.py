@@ -101,3 +101,27 @@ def test_the_encoder_runs_on_a_gpu_if_there_is_one(own, monkeypatch, cuda):
     assert main(argv) == 0
     assert moved[-1] == ("cuda" if cuda else "cpu",)
     assert main([*argv, "--device=nowhere"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--sampling.count=0"], "sampling.count = 0 (command line), refused by FrameSampling: "),
+        (
+            ["--encoder.grid=2"],
+            "encoder.grid = 2 (command line), refused by TimmFrameEncoder: grid=2 cells per side, but ",
+        ),
+    ],
+)
+def test_what_a_constructor_refuses_is_told_with_its_option(own, capsys, options, part):
+    settings = "{model: resnet18, weights: null, size: 32, grid: 1}"
+    encoder = f"--encoder={{class_path: TimmFrameEncoder, init_args: {settings}}}"
+    assert main(["features", "--videos=[own]", encoder, *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"fulgurite features: {part}")
+    assert err.count("\n") == 1
+
+
+def test_options_of_a_record_may_be_written_with_hyphens(own, capsys):
+    assert main(["features", *RECORD, "--data.root=own", "--data.feature_cache=cache", "--num-workers=0"]) == 0
+    assert "5 of 5 videos" in capsys.readouterr().out
