@@ -137,7 +137,7 @@ def with_questions(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) ->
     joined = []
     for row, sample in zip_longest(rows, samples[: len(rows)]):
         if sample is not None and row.get("id") == sample.id:
-            video = None if sample.video is None else str(sample.video.path)
+            video = None if sample.video is None else sample.video.name
             row = {"id": sample.id, "domain": sample.domain, "question": sample.question, "video": video, **row}
         joined.append(row)
     return joined

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import json
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -63,7 +63,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
         num_workers: loading processes per process; 0 loads in the process itself.
         seed: of the order of the training samples, together with the epoch.
         on_bad: what a row or video that cannot be used does: ``"error"`` stops with its name, ``"skip"``
-            counts it and writes it to ``skipped.jsonl`` of the run folder.
+            counts it and writes it to ``skipped.jsonl`` of the run folder (not with ``fast_dev_run``).
         feature_cache: folder of stored frame features, filled at `setup` where some are missing; None
             computes frames in every pass.
         feature_dtype: of the numbers stored there.
@@ -80,19 +80,32 @@ class FulguriteDataModule(LightningDataModule, ABC):
         feature_dtype: Literal["float16", "float32"] = "float16",
     ) -> None:
         super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size}
+        sizes = {
+            "batch_size": batch_size,
+            "eval_batch_size": batch_size if eval_batch_size is None else eval_batch_size,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise DataError(f"data.{name}={size} must be at least 1")
         if num_workers < 0:
             raise DataError(f"data.num_workers={num_workers} must be at least 0")
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size or batch_size
+        self.eval_batch_size = sizes["eval_batch_size"]
         self.num_workers = num_workers
         self.seed = seed
         self.on_bad = on_bad
         self.feature_cache = None if feature_cache is None else Path(feature_cache).absolute()
         self.feature_dtype: Literal["float16", "float32"] = feature_dtype
+        self.loading: dict[str, Any] = {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "num_workers": num_workers,
+            "seed": seed,
+            "on_bad": on_bad,
+            "feature_cache": self.feature_cache,
+            "feature_dtype": feature_dtype,
+        }
+        """The options above as given, to build another DataModule that loads alike."""
         self.skipped: list[dict[str, str]] = []
         self.filtered: Counter[tuple[str, str]] = Counter()
         self._collators: dict[str, Collator] = {}
@@ -100,9 +113,9 @@ class FulguriteDataModule(LightningDataModule, ABC):
         self.stage = ""
 
     @property
-    def loading(self) -> dict[str, Any]:
-        """The options of this class with their values, to build another DataModule that loads alike."""
-        return {name: getattr(self, name) for name in inspect.signature(FulguriteDataModule).parameters}
+    def folders(self) -> list[Path]:
+        """Folders of the data; ``skipped.jsonl`` names files relative to them, as the data do."""
+        return []
 
     @abstractmethod
     def read(self, split: Split) -> list[Sample]:
@@ -159,7 +172,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
         except DataError as error:
             if self.on_bad == "error":
                 raise DataError(f"{error}. To leave such samples out: --data.on_bad skip") from error
-            self.skipped.append({"split": split, "domain": domain, "where": where, "reason": str(error)})
+            texts = {"where": where, "reason": str(error)}
+            for folder in sorted(self.folders, key=lambda each: len(each.parts), reverse=True):
+                texts = {key: text.replace(f"{folder}{os.sep}", "") for key, text in texts.items()}
+            self.skipped.append({"split": split, "domain": domain, **texts})
 
     def within_vocabulary(
         self,
@@ -295,7 +311,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
             if error is None:
                 kept.append(sample)
                 continue
-            with self.skipping(split, sample.domain, f"{sample.video.path}, id {sample.id}"):
+            with self.skipping(split, sample.domain, f"{sample.video.name}, id {sample.id}"):
                 raise error
         return kept
 
@@ -306,9 +322,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
         return None if ask is None else ask()
 
     def _write_skipped(self) -> None:
-        if self.skipped and self.trainer is not None and self.trainer.is_global_zero:
+        trainer = self.trainer
+        if self.skipped and trainer is not None and trainer.is_global_zero and not trainer.fast_dev_run:
             lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.skipped]
-            write_text(Path(self.trainer.default_root_dir) / "skipped.jsonl", "".join(lines))
+            write_text(Path(trainer.default_root_dir) / "skipped.jsonl", "".join(lines))
 
     def _collator(self, split: Split) -> Collator:
         stage = {"train": "fit", "val": "validate"}.get(split, split)

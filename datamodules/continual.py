@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,8 +22,8 @@ class ContinualDataModule(FulguriteDataModule):
     all domains in one loader; a sample's domain is there for metrics only. Ids become ``domain/id``.
 
     Args:
-        domains: the data sets. The loading options below hold for all of them; one may have a ``feature_cache``
-            of its own.
+        domains: the data sets. The loading options below hold for all of them, and one that asks for others is
+            refused; it may have a ``feature_cache`` of its own.
         epochs_per_domain: epochs of each stage, one number or one per domain; of the one stage where
             ``joint``.
         joint: train on all domains together in one stage.
@@ -45,6 +47,7 @@ class ContinualDataModule(FulguriteDataModule):
         epochs = [epochs_per_domain] * stages if isinstance(epochs_per_domain, int) else list(epochs_per_domain)
         if len(epochs) != stages or min(epochs) < 1:
             raise DataError(f"epochs_per_domain={epochs_per_domain} must give at least 1 for each of {stages} stages")
+        self._check_loading(domains)
         self.domains = domains
         self.epochs = epochs
         self.joint = joint
@@ -54,23 +57,25 @@ class ContinualDataModule(FulguriteDataModule):
             domain.feature_cache = domain.feature_cache or self.feature_cache
             domain.skipped = self.skipped
             domain.filtered = self.filtered
-        self._info: DataInfo | None = None
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those of all data sets."""
+        return [folder for domain in self.domains for folder in domain.folders]
 
     def info(self) -> DataInfo:
         """Domains in training order; answers and kinds in the order in which the domains bring them."""
-        if self._info is None:
-            infos = [domain.info() for domain in self.domains]
-            names = [name for info in infos for name in info.domains]
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            if repeated:
-                raise DataError(f"The domains {repeated} occur twice; give each data set its own 'domain' name")
-            self._info = DataInfo(
-                tuple(names),
-                tuple(dict.fromkeys(answer for info in infos for answer in info.answers)),
-                tuple(dict.fromkeys(kind for info in infos for kind in info.kinds)),
-                tuple(dict.fromkeys(task for info in infos for task in info.tasks)),
-            )
-        return self._info
+        infos = [domain.info() for domain in self.domains]
+        names = [name for info in infos for name in info.domains]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise DataError(f"The domains {repeated} occur twice; give each data set its own 'domain' name")
+        return DataInfo(
+            tuple(names),
+            tuple(dict.fromkeys(answer for info in infos for answer in info.answers)),
+            tuple(dict.fromkeys(kind for info in infos for kind in info.kinds)),
+            tuple(dict.fromkeys(task for info in infos for task in info.tasks)),
+        )
 
     def stages(self) -> list[Stage]:
         """One stage per data set, or one called ``"all"``."""
@@ -99,7 +104,9 @@ class ContinualDataModule(FulguriteDataModule):
         return [replace(s, id=f"{s.domain}/{s.id}") for domain in self.domains for s in domain.samples(split)]
 
     def setup(self, stage: str) -> None:
-        """As in the base; a fit also checks the trainer's options that stages need."""
+        """As in the base, for every domain; a fit also checks the trainer's options that stages need."""
+        for domain in self.domains:  # so that each reads what this stage needs
+            domain.stage = TrainerFn(stage).value
         super().setup(stage)
         if stage == "fit" and self.trainer is not None:
             self._check_stages()
@@ -134,6 +141,23 @@ class ContinualDataModule(FulguriteDataModule):
         return done >= self.trainer.max_epochs > 0 or done in [
             sum(self.epochs[: i + 1]) for i in range(len(self.epochs))
         ]
+
+    def _check_loading(self, domains: Sequence[FulguriteDataModule]) -> None:
+        options = inspect.signature(FulguriteDataModule).parameters.values()
+        ignored = [
+            f"{option.name}={domain.loading[option.name]!r} of domains[{i}] ({type(domain).__name__})"
+            for i, domain in enumerate(domains)
+            for option in options
+            if option.name != "feature_cache"
+            and domain.loading[option.name]
+            not in (option.default, self.loading[option.name], getattr(self, option.name))
+        ]
+        if ignored:
+            keys = sorted({f"data.init_args.{text.partition('=')[0]}" for text in ignored})
+            raise DataError(
+                f"A stream loads all its data sets alike, so these would be ignored: {', '.join(ignored)}; set "
+                f"{', '.join(keys)} of the stream instead"
+            )
 
     def _check_stages(self) -> None:
         trainer = self.trainer

@@ -66,6 +66,11 @@ class JsonlDataModule(FulguriteDataModule):
         self.unknown_answers = unknown_answers
         self._rows: dict[Split, list[Sample]] = {}
 
+    @property
+    def folders(self) -> list[Path]:
+        """What paths are relative to in the files and in the options."""
+        return [self.root, self.media]
+
     def info(self) -> DataInfo:
         """The domain, its answers (empty where they are left to the checkpoint) and the kinds of what is read."""
         alone = self.stage in ("test", "predict")
@@ -139,7 +144,7 @@ class JsonlDataModule(FulguriteDataModule):
             kind=row.get("kind"),
             speech=row.get("speech") or None,
             options=tuple(str(option) for option in row.get("options") or ()),
-            video=Video(self.media / row["video"]),
+            video=Video(self.media / row["video"], row["video"]),
         )
 
 

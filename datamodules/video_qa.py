@@ -133,6 +133,11 @@ class VideoQADataModule(FulguriteDataModule):
         """Convert the feature file, once, on one process."""
         self._features()
 
+    @property
+    def folders(self) -> list[Path]:
+        """Those of the set and of its videos."""
+        return [self.folder] if self.videos is None else [self.folder, self.videos]
+
     def info(self) -> DataInfo:
         """The set's name, the vocabulary in the order of its file, the set's question types."""
         require_root(self.folder)
@@ -176,6 +181,7 @@ class VideoQADataModule(FulguriteDataModule):
                 raise DataError(f"{where}: the {name} is empty")
         counts = Counter(answer for answer in given if answer).most_common()
         scores = {a: min(n / 2, 1.0) if self.layout.annotators > 1 else 1.0 for a, n in counts}
+        file = video_id + self.video_suffix
         sample = Sample(
             id=id,
             domain=self.dataset,
@@ -183,7 +189,7 @@ class VideoQADataModule(FulguriteDataModule):
             answers=scores,
             kind=self._kind(row.get("type"), where),
             speech=self._speech_of(video_id),
-            video=None if self.videos is None else Video(self.videos / (video_id + self.video_suffix)),
+            video=None if self.videos is None else Video(self.videos / file, file),
         )
         reader = self._features()
         if reader is None:

@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Video:
-    """A lazy video file. Holds nothing but the path, so it is hashable and cheap to send to a worker.
+    """A lazy video file. Holds nothing but where it is, so it is hashable and cheap to send to a worker.
 
     Args:
         path: the file; anything that FFmpeg reads.
+        name: what the data call it, for results that are read on other machines; empty takes the path.
     """
 
     path: Path
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
+        object.__setattr__(self, "name", self.name or str(self.path))
 
     @property
     def num_frames(self) -> int:

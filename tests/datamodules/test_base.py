@@ -94,8 +94,25 @@ def test_bad_video_stops_or_is_skipped(folder, trainer, watcher, damage):
     lines = (folder / "run" / "skipped.jsonl").read_text().splitlines()
     noted = [json.loads(line) for line in lines]
     assert [(n["split"], n["domain"]) for n in noted] == [("train", "a"), ("train", "a"), ("val", "a")]
-    assert all("1.mp4" in n["reason"] for n in noted)
+    assert [n["where"] for n in noted] == ["1.mp4, id 2", "1.mp4, id 5", "1.mp4, id 2"]
+    assert all(n["reason"].startswith("1.mp4: ") and str(folder) not in n["reason"] for n in noted)
     assert module.stages()[0].num_batches == 3
+
+
+def test_a_trial_run_writes_nothing(folder, trainer, watcher):
+    (folder / "a" / "1.mp4").write_bytes(b"")
+    module = data(folder, on_bad="skip")
+    trainer(fast_dev_run=1).fit(watcher, datamodule=module)
+    assert len(module.skipped) == 3
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["batch_size", "eval_batch_size"])
+def test_a_batch_holds_at_least_one(folder, option):
+    with pytest.raises(DataError, match=rf"data\.{option}=0 must be at least 1"):
+        data(folder, **{option: 0})
+    module = data(folder, batch_size=3, eval_batch_size=None)
+    assert (module.batch_size, module.eval_batch_size) == (3, 3)
 
 
 def test_counts_are_logged(folder, trainer, watcher, caplog):

@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fulgurite.datamodules.continual import ContinualDataModule
 from fulgurite.datamodules.jsonl import JsonlDataModule
-from fulgurite.samples import DataError
+from fulgurite.samples import DataError, DataInfo
 
 
 def stream(folder, epochs=2, domains="ab", **options):
@@ -108,3 +109,45 @@ def test_skipping_holds_for_all_domains(folder, trainer, watcher):
     assert sorted(watcher.ids("train", 1)) == ["b/2", "b/3", "b/5", "b/6"]
     assert data.stages()[1].num_batches == 2
     assert {s["domain"] for s in data.skipped} == {"b"}
+    assert {s["where"].partition(", ")[0] for s in data.skipped} == {"0.mp4"}
+    assert str(folder) not in json.dumps(data.skipped)
+
+
+def test_loading_options_of_a_domain_that_the_stream_has_not_are_refused(folder):
+    own = {"on_bad": "skip", "batch_size": 2, "num_workers": 3, "seed": 9, "feature_dtype": "float32"}
+    for name, value in {**own, "eval_batch_size": 5}.items():
+        domains = [
+            JsonlDataModule(folder / "a", domain="a"),
+            JsonlDataModule(folder / "b", domain="b", **{name: value}),
+        ]
+        message = rf"{name}={value!r} of domains\[1\] \(JsonlDataModule\); set data\.init_args\.{name} of the stream"
+        with pytest.raises(DataError, match=message):
+            ContinualDataModule(domains, 1)
+        assert ContinualDataModule(domains, 1, **{name: value}).domains == domains
+    with pytest.raises(DataError, match=r"data\.init_args\.batch_size, .*data\.init_args\.seed of the stream"):
+        ContinualDataModule([JsonlDataModule(folder / "a", **own)], 1)
+    domain = JsonlDataModule(folder / "a", batch_size=2, feature_cache=folder / "cache")
+    data = ContinualDataModule([domain], 1, batch_size=2, eval_batch_size=4, feature_cache=folder / "other")
+    assert data.domains[0].feature_cache == folder / "cache"
+    same = JsonlDataModule(folder / "a", batch_size=2, eval_batch_size=2)
+    assert ContinualDataModule([same], 1, batch_size=2).eval_batch_size == 2
+
+
+@pytest.mark.parametrize("stage", ["test", "predict"])
+def test_an_evaluation_reads_its_own_files_alone(folder, trainer, watcher, stage):
+    """Broken files of the other splits do not matter; a fit afterwards knows what the training files hold."""
+    content = {
+        path: path.read_text() for d in "ab" for split in ("train", "val") for path in [folder / d / f"{split}.jsonl"]
+    }
+    for path in content:
+        path.write_text("{broken")
+    data, t = stream(folder, 1), trainer(max_epochs=2)
+    getattr(t, stage)(watcher, datamodule=data)
+    assert [s.id for s in data.samples(stage)] == of("a", 5) + of("b", 5)
+    assert data.info() == DataInfo(("a", "b"), (), ("kind a", "kind b"))
+    for path, text in content.items():
+        path.write_text(text)
+    t.fit(watcher, datamodule=data)
+    assert data.info().answers == ("a0", "a1", "a2", "both", "b0", "b1", "b2")
+    getattr(t, stage)(watcher, datamodule=data)
+    assert data.info().answers == ("a0", "a1", "a2", "both", "b0", "b1", "b2")

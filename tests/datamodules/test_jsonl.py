@@ -23,6 +23,7 @@ def test_samples_and_facts(folder):
     first = module.samples("train")[0]
     assert (first.id, first.domain, first.question, first.answers) == ("1", "a", "What is 0?", {"both": 1.0})
     assert first.video.path == folder / "a" / "0.mp4"
+    assert first.video.name == "0.mp4"
     assert len(module.samples("predict")) == 5
     info = module.info()
     assert info.answers == ("a0", "a1", "a2", "both")
@@ -93,6 +94,8 @@ def test_a_bad_row_stops_or_is_skipped(folder, row, message):
     module = data(folder, on_bad="skip")
     assert len(module.samples("train")) == 7
     assert [(s["split"], s["domain"]) for s in module.skipped] == [("train", "a")]
+    assert module.skipped[0]["where"].startswith("train.jsonl, ")
+    assert module.skipped[0]["reason"].startswith("train.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +169,24 @@ def test_files_of_default_names_may_be_missing(folder, trainer, watcher, caplog)
     (home / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"train\.jsonl.*: no samples to fit with"):
         trainer().fit(watcher, datamodule=JsonlDataModule(home, domain="a"))
+
+
+def test_videos_elsewhere_are_named_as_the_file_names_them(folder, trainer, watcher):
+    (folder / "a" / "clips").mkdir()
+    for name in ("0.mp4", "1.mp4", "2.mp4"):
+        (folder / "a" / name).rename(folder / "a" / "clips" / name)
+    (folder / "a" / "clips" / "2.mp4").write_bytes(b"")
+    module = data(folder, media="clips", on_bad="skip")
+    assert [s.video.name for s in module.samples("train")[:3]] == ["0.mp4", "1.mp4", "2.mp4"]
+    trainer().validate(watcher, datamodule=module)
+    assert module.skipped == [
+        {
+            "split": "val",
+            "domain": "a",
+            "where": "2.mp4, id 3",
+            "reason": "2.mp4: the video file is empty (0 bytes)",
+        }
+    ]
 
 
 def test_a_wrong_root_names_its_option(tmp_path, monkeypatch):

@@ -128,7 +128,8 @@ def test_missing_folders_and_files_name_their_option(msvd, tmp_path):
 def test_raw_videos_instead_of_features(msvd):
     root = msvd(features=None)
     data = VideoQADataModule(root, "msvd", features_file=None, videos="video", video_suffix=".avi")
-    assert data.samples("test")[0].video.path == root / "MSVD-QA" / "video" / "7010.avi"
+    video = data.samples("test")[0].video
+    assert (video.path, video.name) == (root / "MSVD-QA" / "video" / "7010.avi", "7010.avi")
     with pytest.raises(DataError, match="videos"):
         VideoQADataModule(root, "msvd", features_file=None)
 
@@ -141,7 +142,8 @@ def test_missing_features(msvd):
     assert torch.equal(zeros.features["clip_vitl14"], torch.zeros(1, 768))
     skipping = VideoQADataModule(root, "msvd", on_bad="skip")
     assert len(skipping.samples("train")) == 2
-    assert len(skipping.skipped) == 1
+    assert [s["where"] for s in skipping.skipped] == ["train.csv, line 5"]
+    assert skipping.skipped[0]["reason"].startswith("train.csv, line 5: ")
 
 
 @pytest.mark.parametrize(

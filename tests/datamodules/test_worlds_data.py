@@ -14,6 +14,7 @@ def test_all_worlds_in_their_order_with_existing_videos():
         samples = data.samples(split)
         assert len({s.id for s in samples}) == len(samples)
         assert all(set(s.answers) <= known and s.video.path.is_file() for s in samples)
+        assert all(s.video.name == f"videos/{s.video.path.name}" for s in samples)
 
 
 def test_some_worlds():

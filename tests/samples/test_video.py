@@ -205,3 +205,9 @@ def test_cache_is_bounded_and_forgets_the_least_used():
     assert cache.size == 20
     cache.put(("big",), torch.zeros(26, dtype=torch.uint8))
     assert cache.get(("big",)) is None
+
+
+def test_a_name_is_for_reading_and_makes_no_other_video(tmp_path):
+    plain, named = Video(tmp_path / "a.mp4"), Video(tmp_path / "a.mp4", "clips/a.mp4")
+    assert (plain.name, named.name) == (str(tmp_path / "a.mp4"), "clips/a.mp4")
+    assert len({plain, named}) == 1
