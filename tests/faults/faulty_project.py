@@ -10,7 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from fulgurite.samples import Sample
+from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.samples import DataInfo, Sample
 from fulgurite.samples.loader import ResumableLoader
 from fulgurite.samples.sampler import GlobalBatchSampler
 
@@ -79,12 +80,9 @@ class Rows(Dataset):
 class Data(LightningDataModule):
     """``size`` rows in an order of their own in every epoch; ``fault`` when the ``at``-th row is read."""
 
-    def __init__(self, size: int = 24, batch_size: int = 8, fault: str = "", at: int = -1, answer: str = "yes"):
+    def __init__(self, size: int = 24, batch_size: int = 8, fault: str = "", at: int = -1):
         super().__init__()
-        self.size, self.batch_size, self.fault, self.at, self.answer = size, batch_size, fault, at, answer
-
-    def samples(self, split):
-        return [Sample(id=f"{split}{i}", domain="one", question="?", answers={self.answer: 1.0}) for i in range(3)]
+        self.size, self.batch_size, self.fault, self.at = size, batch_size, fault, at
 
     def train_dataloader(self):
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -93,3 +91,20 @@ class Data(LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(Rows(8), batch_size=4, generator=torch.Generator())
+
+
+class Answered(Data, FulguriteDataModule):
+    """The same rows, said to be these samples."""
+
+    def __init__(self, answer: str = "yes"):
+        super().__init__()
+        self.answer = answer
+
+    def read(self, split):
+        return [Sample(id=f"{split}{i}", domain="one", question="?", answers={self.answer: 1.0}) for i in range(3)]
+
+    def info(self):
+        return DataInfo(domains=("one",))
+
+    def setup(self, stage):
+        """Nothing to collate."""

@@ -291,7 +291,12 @@ def test_a_signal_inside_a_save(cases, project, whole, tally):
 
 
 @pytest.mark.parametrize(
-    ("fault", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138), ("SIGTERM+SIGTERM", 143)]
+    ("fault", "code"),
+    [
+        ("SIGINT", 130),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("SIGTERM", 143), ("SIGUSR1", 138))),
+        pytest.param("SIGTERM+SIGTERM", 143, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_while_data_are_read_or_in_a_step(fault, code, project, whole, tally):
     good = 0
