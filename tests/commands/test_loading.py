@@ -77,7 +77,7 @@ def test_run_and_checkpoint_give_the_module_of_the_trainer(stream_run, stream_co
 def test_predictions_name_their_question_and_video(stream_run, stream_folder):
     _, stored = stream_run
     asked = {
-        (folder.name, f"{folder.name}/{row['id']}"): (row["question"], str(folder / row["video"]))
+        (folder.name, f"{folder.name}/{row['id']}"): (row["question"], row["video"])
         for folder in stream_folder.iterdir()
         for row in map(json.loads, (folder / "test.jsonl").read_text().splitlines())
     }
