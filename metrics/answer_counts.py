@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fulgurite.metrics.continual_accuracy import ContinualAccuracy
 from fulgurite.metrics.targets import Targets
-from fulgurite.metrics.vqa_accuracy import answer_credit
+from fulgurite.metrics.vqa_accuracy import best_answers
 
 
 class AnswerCounts(nn.Module):
@@ -30,9 +30,10 @@ class AnswerCounts(nn.Module):
     def update(self, stage: int, logits: Tensor, targets: Targets) -> None:
         """Add a batch of (B, A) ``logits`` of the model after ``stage`` (0 = before any)."""
         use, domains = targets.use, targets.domains
-        credit = answer_credit(logits, targets.scores)
+        gained = targets.scores.gather(-1, best_answers(logits, 10)).double()
+        credit = gained[:, 0]
         self.accuracy.update(stage, domains[use], credit[use], targets.kinds[use])
-        self.top10.update(stage, domains[use], answer_credit(logits, targets.scores, top_k=10)[use])
+        self.top10.update(stage, domains[use], gained.amax(-1)[use])
         spoken = use & targets.speech
         self.speech.update(stage, domains[spoken], credit[spoken])
 

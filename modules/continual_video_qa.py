@@ -35,7 +35,7 @@ from fulgurite.modules.sharding import reshard
 from fulgurite.modules.video_qa import VideoQA
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import ContinualTest, sections_of_continual
-from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage, batches_within
+from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage, batches_within, first_stages
 
 BEST = "best"
 
@@ -116,7 +116,7 @@ class ContinualVideoQA(VideoQA):
         super().build(info, stages)
         for router in self.routers:
             router.build(sum(self.backbone.routing_widths), [s.name for s in stages])
-        self.own_stage = own_stages(info, stages)
+        self.own_stage = first_stages(info.domains, stages)
         self.best_accuracy = -1.0
 
     def on_train_epoch_start(self) -> None:
@@ -215,7 +215,8 @@ class ContinualVideoQA(VideoQA):
 
     def own_stages_of(self, batch: Batch) -> Tensor:
         """(B,) the stage (1..T) that trains each sample's domain, 0 where none does."""
-        own = torch.tensor([*own_stages(self.evaluated, self.stages), 0], device=self.device)
+        first = first_stages(self.evaluated.domains, self.stages)
+        own = torch.tensor([*(stage or 0 for stage in first), 0], device=self.device)
         return own[self.targets(batch).domains]
 
     def mixed_logits(self, batch: Batch, rows: Tensor, current: str = "live") -> Tensor:
@@ -273,7 +274,7 @@ class ContinualVideoQA(VideoQA):
     def on_test_epoch_end(self) -> None:
         """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` and details of the configured one."""
         last = self.stage + 1
-        trained = [stage if 0 < stage <= last else None for stage in own_stages(self.evaluated, self.stages)]
+        trained = first_stages(self.evaluated.domains, self.stages[:last])
         results = {m: counts.results() for m, counts in self.test_counts.items()}
         scores = {m: continual_scores(r["matrix"], trained) for m, r in results.items()}
         confusion = [c.compute() for c in self.confusion]
@@ -319,11 +320,6 @@ class ContinualVideoQA(VideoQA):
         """Also the best accuracy of the stage so far."""
         super().restore(facts)
         self.best_accuracy = facts.get("best_accuracy", -1.0)
-
-
-def own_stages(info: DataInfo, stages: Sequence[Stage]) -> list[int]:
-    """For every domain the stage (1..T) that trains it first, 0 where none does."""
-    return [next((t + 1 for t, s in enumerate(stages) if d in s.domains), 0) for d in info.domains]
 
 
 @contextmanager

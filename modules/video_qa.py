@@ -20,6 +20,7 @@ from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.schedules import Schedule
 from fulgurite.metrics.answer_counts import AnswerCounts, mean_of_known
 from fulgurite.metrics.targets import Targets, targets_of
+from fulgurite.metrics.vqa_accuracy import best_answers
 from fulgurite.modules.adapted import INITIAL, AdaptedModule
 from fulgurite.modules.facts import evaluated_facts, unknown_answers
 from fulgurite.modules.optimization import ParamGroup
@@ -193,7 +194,7 @@ class VideoQA(AdaptedModule):
     def keep_answers(self, batch: Batch, logits: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Keep, per counted sample, what each mode answers; returns the new rows."""
         assert self.info is not None
-        best = {mode: each.argmax(-1).tolist() for mode, each in logits.items()}
+        best = {mode: best_answers(each, 1)[:, 0].tolist() for mode, each in logits.items()}
         rows = [
             {
                 "id": batch["id"][b],
@@ -231,7 +232,8 @@ class VideoQA(AdaptedModule):
     def answer_rows(self, batch: Batch, logits: Tensor, top: int = 5) -> list[dict[str, Any]]:
         """One JSON-able row per counted sample: id, answer, probability, the best ``top`` with probabilities."""
         assert self.info is not None
-        values, index = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
+        index = best_answers(logits, top)
+        values = logits.float().softmax(-1).gather(-1, index)
         rows = []
         for b in batch["counted"].nonzero().flatten().tolist():
             best = [

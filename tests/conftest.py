@@ -1,8 +1,15 @@
+import importlib
 import json
+import logging
 
 import av
 import numpy as np
 import pytest
+
+# Lightning cuts its loggers off where it is imported before pytest listens; then caplog hears nothing.
+for name in ("lightning.pytorch", "lightning.fabric"):
+    importlib.import_module(name)
+    logging.getLogger(name).propagate = True
 
 DOMAINS = ("red", "green", "blue")
 SIZES = {"train": 20, "val": 6, "test": 7}
