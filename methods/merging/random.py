@@ -1,0 +1,24 @@
+"""Random numbers that depend on their place alone: on seed, method, model, tensor name and position in the tensor.
+
+So a mask is the same whatever was merged before it, in whatever pieces, on however many threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK = 8  # numbers of 32 bits per step of the counter
+
+
+def uniform(seed: int, method: str, model: int, name: str, count: int, start: int = 0) -> Tensor:
+    """(count,) float32 in [0, 1): numbers ``start`` to ``start + count`` of the stream of this place."""
+    digest = hashlib.blake2b(f"{seed}\0{method}\0{model}\0{name}".encode(), digest_size=16).digest()
+    bits = np.random.Philox(key=int.from_bytes(digest, "little"))
+    bits.advance(start // BLOCK)
+    skip = start % BLOCK
+    words = bits.random_raw((skip + count + 1) // 2 + 1).view(np.uint32)[skip : skip + count]
+    return torch.from_numpy((words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24))
