@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY, METRICS_KEY
 from fulgurite.callbacks.gather import gather_rows
 from fulgurite.checkpoints import write_json, write_text
+from fulgurite.checkpoints.structure import MODULES
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.samples import Sample
@@ -55,7 +56,10 @@ class RunFolder(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the config into the manifest, so that the checkpoint can be loaded wherever it is moved to."""
-        checkpoint.setdefault(MANIFEST_KEY, {})["settings"] = yaml.safe_load(self.config)
+        entry = checkpoint.setdefault(MANIFEST_KEY, {})
+        entry["settings"] = yaml.safe_load(self.config)
+        if hasattr(pl_module, "rebuilt"):
+            entry["structure"] = {**entry.get("structure", {}), MODULES: pl_module.rebuilt}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Start from the metrics of the run that is resumed; one that is complete logs none again."""

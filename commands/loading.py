@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch import LightningModule
 
 from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, naming_another, read_manifest
+from fulgurite.checkpoints.structure import rebuild
 from fulgurite.commands.building import Building, build
 from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
@@ -48,6 +49,7 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
             raise explain(error, parser, origin) from error
         with Building(parsed, origin) as building:
             module = parser.instantiate(parsed, instantiators=[(building.through(build), object, True)]).model
+    rebuild(module, manifest.structure)
     if isinstance(module, AdaptedModule):
         module.restore(manifest.facts)
         manifest.require_base(module.base_digest, str(folder))

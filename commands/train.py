@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from fulgurite.callbacks.finite import NotFiniteError
 from fulgurite.callbacks.interruption import Interruption
 from fulgurite.checkpoints import read_manifest, writing
+from fulgurite.checkpoints.structure import rebuild
 from fulgurite.commands.errors import DONE, INTERRUPTED, NOT_FINITE, SIGNALLED, ConfigError
 from fulgurite.commands.imports import imports_allowed
 from fulgurite.commands.invocation import Invocation
@@ -80,9 +81,12 @@ def execute(cli: TrainCLI) -> int:
     os.environ[FOLDER_VARIABLE] = str(cli.folder)
     fits = cli.invocation.command == "fit"
     owned = writing(cli.folder) if fits and trainer.is_global_zero and not trainer.fast_dev_run else nullcontext()
-    if not fits and cli.plan.checkpoint is not None and isinstance(cli.model, AdaptedModule):
-        # The data may know less (questions alone), and a sharded model cannot be rebuilt later.
-        cli.model.restore(read_manifest(cli.plan.checkpoint).facts)
+    if cli.plan.checkpoint is not None:
+        manifest = read_manifest(cli.plan.checkpoint)
+        rebuild(cli.model, manifest.structure)
+        if not fits and isinstance(cli.model, AdaptedModule):
+            # The data may know less (questions alone), and a sharded model cannot be rebuilt later.
+            cli.model.restore(manifest.facts)
     try:
         with owned:
             getattr(trainer, cli.invocation.command)(**cli.method_arguments())

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from fulgurite.checkpoints import load_tensors, writing
+from fulgurite.checkpoints import load_document, load_tensors, read_manifest, save_checkpoint_folder, writing
 
 
 @pytest.fixture
@@ -143,6 +144,29 @@ def test_a_damaged_newest_checkpoint_is_named_and_an_older_one_taken_on_demand_o
     assert code == 0
     assert "step=3 (step 3)" in out + err
     assert equal(weights("run"), weights("whole"))
+
+
+def test_a_changed_structure_is_rebuilt_trained_on_and_kept(cli, project, trained):
+    """A head without a bias, as a step would write it: evaluated, resumed, and loaded in Python."""
+    import fulgurite
+
+    folder = project / trained / "checkpoints" / "last"
+    manifest, tensors = read_manifest(folder), load_tensors(folder)
+    state = load_document(folder, "state")
+    del tensors["layer.bias"]
+    state["optimizer_states"][0]["param_groups"][0]["params"] = [0]
+    changed = {"layer": {"class": "torch.nn.modules.linear.Linear", "arguments": {"in_features": 4, "out_features": 1}}}
+    changed["layer"]["arguments"]["bias"] = False
+    facts = {"settings": manifest.settings, "facts": manifest.facts, "structure": {"modules": changed}}
+    save_checkpoint_folder(folder, {"weights": tensors}, {"state": state}, **facts)
+    for other in (project / trained / "checkpoints").glob("epoch*"):
+        shutil.rmtree(other)
+    assert cli("test", "--ckpt_path", trained)[0] == 0
+    assert fulgurite.load(trained, allow=["toy_project"]).layer.bias is None
+    assert cli("fit", "--run", trained, "--resume", "auto", "--trainer.max_epochs", "2")[0] == 0
+    assert weights(trained).keys() == {"layer.weight"}
+    assert read_manifest(folder).structure["modules"] == changed
+    assert cli("validate", "--ckpt_path", trained)[0] == 0
 
 
 def test_a_checkpoint_that_lost_its_manifest_is_not_passed_over(cli, project, trained):
