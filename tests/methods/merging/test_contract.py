@@ -1,20 +1,27 @@
-"""What every merger must do, whatever it computes. A new one is tested by adding it to the list."""
+"""What every merger must do, whatever it computes. A new one is tested by adding it to a list in ``cases_*.py``."""
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 
 from fulgurite.methods.merging.base import STATISTIC, Matching
-from fulgurite.methods.merging.linear import Average, TaskArithmetic
+from fulgurite.methods.merging.linear import Average
 
-# (merger, number of experts that it takes, whether one expert at weight 1 comes back as it is)
-MERGERS = [
-    (Average(), None, True),
-    (Average(normalize=False), None, True),
-    (TaskArithmetic(lam=1.0), None, True),
-    (TaskArithmetic(lam=0.3), None, False),
-]
+HERE = Path(__file__).parent
+
+
+def cases_of(path):
+    """``CASES`` of one file: (merger, number of experts that it takes or None, whether one at weight 1 comes back)."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.CASES
+
+
+MERGERS = [case for path in sorted(HERE.glob("cases_*.py")) for case in cases_of(path)]
 IDS = [f"{type(m).__name__}-{i}" for i, (m, _, _) in enumerate(MERGERS)]
 
 
