@@ -259,6 +259,36 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
+def file_layout(like: Mapping[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """Head of a file for tensors of these types and shapes, the offset of each in the file, and the file's size."""
+    for name, tensor in like.items():
+        if tensor.dtype not in _CODES:
+            raise RefusedError(f"tensor {name!r} is {dtype_name(tensor.dtype)}, which the file format does not have")
+    order = sorted(like, key=lambda name: (-like[name].element_size(), name))
+    header = _header(like, order)
+    head = len(header).to_bytes(_LENGTH, "little") + header
+    places, at = {}, len(head)
+    for name in order:
+        places[name] = at
+        at += like[name].numel() * like[name].element_size()
+    return head, places, at
+
+
+def map_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of any safetensors file, mapped copy-on-write; `DamagedError` where it is none.
+
+    Without a manifest nothing says whether its bytes are as they were written.
+    """
+    data = _mapped(path)
+    try:
+        begin = _LENGTH + int.from_bytes(data[:_LENGTH], "little")
+        entries = json.loads(data[_LENGTH:begin])
+        entries.pop("__metadata__", None)
+        return {name: _tensor_at(data, begin, entry) for name, entry in entries.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RuntimeError, OverflowError) as error:
+        raise DamagedError(f"{path} is no safetensors file, or damaged: {error!r}.") from error
+
+
 def _header(tensors: Mapping[str, Tensor], order: list[str]) -> bytes:
     entries, start = {"__metadata__": {"format": "pt"}}, 0
     for name in order:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -51,6 +51,7 @@ class Merger(ABC):
 
     needs_base: ClassVar[bool] = True
     scans: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False  # whether `merge_tensor` may be given a tensor in flat pieces, one by one
     min_experts: ClassVar[int] = 1
 
     def begin(self, num_experts: int) -> None:
@@ -155,14 +156,30 @@ class Plan:
         Raises:
             ValueError: a source holds NaN.
         """
+        return self._read(name, self._cut(name))
+
+    def pieces(self, name: str, size: int) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
+        """`sources` in flat pieces of at most ``size`` elements, with the index of the first one of each."""
+        cut = [tensor.detach().reshape(-1) for tensor in self._cut(name)]
+        for start in range(0, cut[0].numel(), size):
+            yield start, *self._read(name, [tensor[start : start + size] for tensor in cut])
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the merged tensor."""
+        return self._cut(name)[0].shape
+
+    def _cut(self, name: str) -> list[Tensor]:
+        """Base, if any, and experts, with the rows that all have."""
         given = [*([] if self.base is None else [self.base[name]]), *(expert[name] for expert in self.experts)]
         rows = min(tensor.shape[0] for tensor in given) if given[0].dim() else None
-        exact = any(tensor.dtype == torch.float64 for tensor in given)
+        return [tensor if rows is None or tensor.shape[0] == rows else tensor[:rows] for tensor in given]
+
+    def _read(self, name: str, cut: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        exact = any(tensor.dtype == torch.float64 for tensor in cut)
         device = self.reference(name).device
         tensors = []
-        for number, tensor in enumerate(given):
-            cut = tensor if rows is None or tensor.shape[0] == rows else tensor[:rows]
-            value = cut.detach().to(device, torch.float64 if exact else torch.float32)
+        for number, tensor in enumerate(cut):
+            value = tensor.detach().to(device, torch.float64 if exact else torch.float32)
             if value.isnan().any():
                 raise ValueError(f"{source_name(number, self.base is not None)} holds NaN in {name}")
             tensors.append(value)

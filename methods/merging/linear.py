@@ -24,6 +24,7 @@ class Average(Merger):
     """
 
     needs_base: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, normalize: bool = True) -> None:
         self.normalize = normalize
@@ -44,6 +45,8 @@ class TaskArithmetic(Merger):
         lam: the multiple; 0.3 is the published choice for eight tasks, 1 that of mergekit.
         normalize: divide the sum by the sum of the weights (by 1 where that is below 1e-8).
     """
+
+    elementwise: ClassVar[bool] = True
 
     def __init__(self, lam: float = 0.3, normalize: bool = False) -> None:
         self.lam, self.normalize = lam, normalize

@@ -1,0 +1,148 @@
+"""Merging files gives the bits of merging in memory, whatever form the sources have, and leaves all or nothing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fulgurite.checkpoints import (
+    DamagedError,
+    MissingError,
+    RefusedError,
+    load_tensors,
+    read_manifest,
+    save_checkpoint_folder,
+    verify,
+)
+from fulgurite.methods.merging import files
+from fulgurite.methods.merging.base import Matching, Merger
+from fulgurite.methods.merging.files import merge_files
+from fulgurite.methods.merging.linear import Average, TaskArithmetic
+
+
+class Whole(Merger):
+    """Not element-wise, and with a first pass: the mean, scaled by the largest entry of all models."""
+
+    needs_base = False
+    scans = True
+
+    def scan(self, name, base, experts):
+        self.scanned["largest"] = max(self.scanned.get("largest", 0.0), *(float(e.abs().max()) for e in experts))
+
+    def merge_tensor(self, name, base, experts, weights):
+        return torch.stack(list(experts)).mean(0) / self.scanned["largest"]
+
+
+@pytest.fixture
+def paths(base, experts, tmp_path):
+    """Base as one file, experts as a checkpoint, a folder with an index of two shards, and a Hugging Face folder."""
+    save_file(base, tmp_path / "base.safetensors")
+    save_checkpoint_folder(tmp_path / "a", {"weights": experts[0]})
+    names, index = list(experts[1]), {}
+    (tmp_path / "b").mkdir()
+    for part, chosen in enumerate((names[:5], names[5:])):
+        file = f"model-{part + 1:05d}-of-00002.safetensors"
+        save_file({n: experts[1][n] for n in chosen}, tmp_path / "b" / file)
+        index |= dict.fromkeys(chosen, file)
+    (tmp_path / "b" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (tmp_path / "c").mkdir()
+    save_file(experts[2], tmp_path / "c" / "model.safetensors")
+    return tmp_path / "base.safetensors", [tmp_path / name for name in "abc"]
+
+
+@pytest.mark.parametrize("merger", [Average(), TaskArithmetic(0.4), Whole()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PIECE", 7)  # pieces inside tensors, with a rest
+    given = base if merger.needs_base else None
+    expected = merger(experts, given, [1.0, 2.0, 0.5])
+    done = merge_files(paths[1], tmp_path / "out", merger, given and paths[0], [1.0, 2.0, 0.5], threads=threads)
+    assert verify(tmp_path / "out").ok
+    found = load_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in expected.items())
+    reference = experts[0] if given is None else base
+    change = (expected["embed.weight"] - reference["embed.weight"]).norm() / reference["embed.weight"].norm()
+    assert done.change["embed.weight"] == pytest.approx(change.item(), rel=1e-4)
+    manifest = read_manifest(tmp_path / "out")
+    assert [parent["path"] for parent in manifest.parents][-3:] == [str(p) for p in paths[1]]
+    assert manifest.parents[-3]["digest"] == read_manifest(paths[1][0]).digest
+    assert manifest.settings["merger"] == type(merger).__name__
+
+
+def test_any_reader_of_safetensors_opens_the_result_and_an_artefact_is_a_source(paths, tmp_path):
+    merge_files(paths[1], tmp_path / "out", Average())
+    assert load_file(tmp_path / "out" / "weights.safetensors")["scale"].shape == ()
+    merge_files([tmp_path / "out", paths[1][0]], tmp_path / "again", Average())
+    assert read_manifest(tmp_path / "again").parents[0]["digest"] == read_manifest(tmp_path / "out").digest
+
+
+def test_the_type_is_the_references_or_the_one_asked_for(experts, tmp_path):
+    for i, expert in enumerate(experts):
+        half = {n: t.bfloat16() if t.is_floating_point() else t for n, t in expert.items()}
+        save_file(half, tmp_path / f"{i}.safetensors")
+    sources = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    merge_files(sources, tmp_path / "low", Average())
+    merge_files(sources, tmp_path / "high", Average(), dtype=torch.float32)
+    low, high = load_tensors(tmp_path / "low"), load_tensors(tmp_path / "high")
+    assert low["embed.weight"].dtype == torch.bfloat16
+    assert torch.equal(low["embed.weight"], high["embed.weight"].bfloat16())
+    assert high["position_ids"].dtype == torch.int64
+
+
+def test_common_rows(paths, experts, tmp_path):
+    short = {**experts[2], "embed.weight": experts[2]["embed.weight"][:5].clone()}
+    save_file(short, tmp_path / "short.safetensors")
+    sources = [paths[1][0], tmp_path / "short.safetensors"]
+    with pytest.raises(ValueError, match="common"):
+        merge_files(sources, tmp_path / "out", Average())
+    merge_files(sources, tmp_path / "out", Average(), matching=Matching(rows="common"))
+    found = load_tensors(tmp_path / "out")["embed.weight"]
+    torch.testing.assert_close(found, (experts[0]["embed.weight"][:5] + short["embed.weight"]) / 2)
+
+
+def leftovers(folder, before):
+    return sorted(p.name for p in folder.iterdir() if p.name not in before)
+
+
+def test_what_is_refused_leaves_nothing(paths, experts, tmp_path):
+    save_file({**experts[0], "scale": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
+    (tmp_path / "pickle").mkdir()
+    (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "there").mkdir()
+    before = {p.name for p in tmp_path.iterdir()}
+    a = paths[1][0]
+    cases = [
+        ([a, tmp_path / "nan.safetensors"], tmp_path / "out", ValueError, "expert 1 holds NaN in scale"),
+        ([a, tmp_path / "nowhere"], tmp_path / "out", MissingError, "nowhere"),
+        ([a, tmp_path / "pickle"], tmp_path / "out", RefusedError, "pickle"),
+        ([a, paths[1][1]], tmp_path / "there", RefusedError, "replaces nothing"),
+        ([a, a], tmp_path / "out", RefusedError, "equals expert 0 and expert 1"),
+    ]
+    for sources, out, error, said in cases:
+        with pytest.raises(error, match=said):
+            merge_files(sources, out, Average())
+    assert leftovers(tmp_path, before) == []
+
+
+def test_damaged_sources_are_named(paths, tmp_path):
+    file = paths[1][0] / "weights.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"weights\.safetensors"):
+        merge_files(paths[1], tmp_path / "out", Average())
+    (paths[1][1] / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(MissingError, match="model-00002-of-00002"):
+        merge_files(paths[1][1:], tmp_path / "out", Average())
+    (tmp_path / "base.safetensors").write_bytes(b"short")
+    with pytest.raises(DamagedError, match=r"base\.safetensors"):
+        merge_files(paths[1][2:], tmp_path / "out", TaskArithmetic(1.0), base=paths[0])
+
+
+def test_one_expert_comes_back_and_is_no_mistake(paths, experts, tmp_path):
+    done = merge_files(paths[1][:1], tmp_path / "out", Average())
+    found = load_tensors(tmp_path / "out")
+    assert all(torch.equal(found[n], t) for n, t in experts[0].items())
+    assert done.equal_to == ["expert 0"]
