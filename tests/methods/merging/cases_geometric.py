@@ -1,8 +1,12 @@
+from fulgurite.methods.merging.layerwise import Layerwise
+from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
 from fulgurite.methods.merging.slerp import Slerp
 
 CASES = [
     (Slerp(), 2, False),
+    (Layerwise(TaskArithmetic(1.0), [("attn", [0, 1, 0]), ("block", [[0.2, 0.5], 1, 2.0])]), 3, False),
+    (Layerwise(Slerp(), [("attn", [0, 1])]), 2, False),
     (ModelStock(), 3, False),
     (ModelStock(scope="filter", clamp=False, mean="angle"), 3, False),
 ]
