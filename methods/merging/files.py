@@ -103,6 +103,14 @@ def merge_files(
     return done
 
 
+def held_bytes(plan: Plan, merger: Merger, threads: int | None = None) -> int:
+    """About how much memory a merge takes beside the mapped files: every source and two results, per thread."""
+    largest = max((math.prod(plan.shape(name)) for name in plan.merged), default=0)
+    elements = min(PIECE, largest) if merger.elementwise else largest
+    copies = len(plan.experts) + (plan.base is not None) + 2
+    return 4 * elements * copies * (threads or os.cpu_count() or 1)
+
+
 def _structure(sources: Sequence[Source]) -> dict[str, Any]:
     """How the experts' modules must be rebuilt, which is alike for all that can be merged; slices are whole now."""
     first = sources[0].manifest

@@ -1,0 +1,171 @@
+"""``merge``: make one model of several that lie in files, without data, model class or trainer."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+
+from fulgurite.commands.errors import DONE, ConfigError
+from fulgurite.commands.imports import PARSER_MODE, imports_allowed
+from fulgurite.commands.invocation import values_of
+from fulgurite.commands.names import class_table, import_named
+from fulgurite.commands.tables import console, plain_table
+from fulgurite.commands.yaml_loader import load_file
+
+DESCRIPTION = """Merge models of one architecture that lie in files: checkpoints and artefacts of fulgurite, Hugging
+Face, open_clip and timm folders, single safetensors files. The result is an artefact: a checkpoint folder."""
+MERGERS = "fulgurite.methods.merging."
+SHOWN = 12  # tensors with the largest change in the table
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Merge, or with ``--dry_run`` say what a merge would do; returns the exit code.
+
+    Raises:
+        ConfigError: an option is wrong, or the models do not fit together.
+        CheckpointError: a source is damaged or missing, or the result cannot be written.
+    """
+    argv = ["--dry_run" if argument == "--dry-run" else argument for argument in argv]
+    with imports_allowed(tuple(values_of(argv, "--allow"))):
+        import_named(argv, [load_file(Path(path)) for path in values_of(argv, "--config")])
+        parser = parser_of()
+        try:
+            options = parser.parse_args(with_flag(argv))
+            merger = parser.instantiate_classes(options).merger
+        except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
+            raise ConfigError(unknown_merger(argv) or str(error)) from error
+    experts, base = expanded(options.sources), options.base
+    try:
+        if options.dry_run:
+            return preview(experts, base, Path(options.out), merger, options)
+        return merge(experts, base, merger, options)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def parser_of() -> jsonargparse.ArgumentParser:
+    """Options of the command."""
+    from fulgurite.methods.merging.base import Merger
+
+    parser = jsonargparse.ArgumentParser(
+        prog="fulgurite merge",
+        description=DESCRIPTION,
+        exit_on_error=False,
+        parser_mode=PARSER_MODE,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_argument(
+        "--sources", type=list[str], required=True, help="models to merge, in order; globs are expanded"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder of the artefact; must not be there yet")
+    parser.add_argument("--base", type=str | None, default=None, help="model that the sources were fine-tuned from")
+    parser.add_subclass_arguments(Merger, "merger", required=True, help="how to merge")
+    parser.add_argument("--weights", type=list[float] | None, default=None, help="one per source; default: 1 for each")
+    kinds = Literal["float16", "bfloat16", "float32", "float64"]
+    parser.add_argument("--dtype", type=kinds | None, default=None, help="of the result; default: the base's")
+    parser.add_argument("--rows", type=Literal["error", "common"], default="error", help="other vocabulary sizes")
+    parser.add_argument("--strict", type=bool, default=True, help="every tensor must be in every source")
+    parser.add_argument("--donor", type=int | None, default=None, help="source of integer entries that differ")
+    parser.add_argument("--threads", type=int | None, default=None, help="tensors at a time; default: all cores")
+    parser.add_argument("--dry_run", type=bool, default=False, help="print plan, memory and disk; write nothing")
+    parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
+    return parser
+
+
+def unknown_merger(argv: Sequence[str]) -> str | None:
+    """What to say where ``--merger`` names no class of the package."""
+    mergers = sorted(name for name, where in class_table().items() if where[0].startswith(MERGERS))
+    for value in values_of(argv, "--merger"):
+        if value.isidentifier() and value not in mergers:
+            near = difflib.get_close_matches(value, mergers, n=3, cutoff=0.5) or mergers
+            return f"merger: no class {value[:80]!r}; did you mean {', '.join(near)}?"
+    return None
+
+
+def with_flag(argv: Sequence[str]) -> list[str]:
+    """``--dry_run`` alone means true."""
+    out = []
+    for position, argument in enumerate(argv):
+        following = argv[position + 1] if position + 1 < len(argv) else "--"
+        out.append("--dry_run=true" if argument == "--dry_run" and following.startswith("--") else argument)
+    return out
+
+
+def expanded(patterns: Sequence[str]) -> list[Path]:
+    """Paths in order, each glob in the order of its names.
+
+    Raises:
+        ConfigError: a glob that matches nothing.
+    """
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
+        if not found:
+            raise ConfigError(f"sources: {pattern} matches nothing")
+        paths += map(Path, found)
+    return paths
+
+
+def matching_of(options: Any) -> Any:
+    """`Matching` of the options."""
+    from fulgurite.methods.merging.base import Matching
+
+    return Matching(options.strict, options.rows, options.donor)
+
+
+def merge(experts: Sequence[Path], base: str | None, merger: Any, options: Any) -> int:
+    """Do it, and print what changed most."""
+    import torch
+
+    from fulgurite.methods.merging.files import merge_files
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    settings = {
+        "merge": {"class_path": options.merger.class_path, "init_args": dict(options.merger.get("init_args") or {})}
+    }
+    done = merge_files(
+        experts, options.out, merger, base, options.weights, dtype, matching_of(options), options.threads, settings
+    )
+    table = plain_table("Change from the base" if base else "Change from the first source", "tensor", "relative norm")
+    ranked = sorted(done.change.items(), key=lambda item: -item[1])
+    for name, change in ranked[:SHOWN]:
+        table.add_row(name, f"{change:.4f}")
+    out = console()
+    out.print(table)
+    if len(ranked) > SHOWN:
+        out.print(f"and {len(ranked) - SHOWN} tensors that changed less")
+    out.print(f"merged {len(experts)} models: {done.path}", soft_wrap=True)
+    return DONE
+
+
+def preview(experts: Sequence[Path], base: str | None, out: Path, merger: Any, options: Any) -> int:
+    """Print what a merge would read, hold and write."""
+    from fulgurite.checkpoints.sources import open_source
+    from fulgurite.methods.merging.base import plan_of
+    from fulgurite.methods.merging.files import held_bytes
+
+    merger.check(len(experts), base is not None, options.weights)
+    sources = [open_source(path) for path in experts]
+    start = None if base is None else open_source(base)
+    plan = plan_of([s.tensors for s in sources], None if start is None else start.tensors, matching_of(options))
+    table = plain_table(f"{type(merger).__name__} into {out}", "source", "tensors", "MB")
+    for source in (*([] if start is None else [start]), *sources):
+        table.add_row(str(source.path), f"{len(source.tensors):,}", f"{source.num_bytes / 1e6:,.1f}")
+    size = (start or sources[0]).num_bytes
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    screen = console()
+    screen.print(table)
+    screen.print(
+        f"{len(plan.merged):,} tensors are merged, {len(plan.copied):,} copied, {len(plan.tied):,} tied; "
+        f"about {held_bytes(plan, merger, options.threads) / 1e6:,.0f} MB of memory, "
+        f"about {size / 1e6:,.1f} MB to write, {shutil.disk_usage(folder).free / 1e6:,.0f} MB free",
+        soft_wrap=True,
+    )
+    return DONE

@@ -1,0 +1,99 @@
+"""``merge`` on the command line: files in, an artefact out, and one message for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from fulgurite.checkpoints import load_tensors, read_manifest, verify
+from fulgurite.cli import main
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.randn(9, 4, generator=generator), "a.bias": torch.randn(9, generator=generator)}
+    tuned = [{n: t + 0.1 * torch.randn(t.shape, generator=generator) for n, t in base.items()} for _ in range(3)]
+    save_file(base, "base.safetensors")
+    for number, model in enumerate(tuned):
+        save_file(model, f"ft{number}.safetensors")
+    return base, tuned
+
+
+BASED = ("--base", "base.safetensors", "--merger", "TaskArithmetic")
+
+
+def test_a_glob_of_sources_and_a_short_name(models, capsys):
+    base, tuned = models
+    assert main(["merge", "--sources", "[ft*.safetensors]", *BASED, "--merger.lam", "0.4", "--out", "out"]) == 0
+    assert verify("out").ok
+    for name, tensor in load_tensors("out").items():
+        torch.testing.assert_close(tensor, base[name] + 0.4 * sum(t[name] - base[name] for t in tuned))
+    settings = read_manifest("out").settings
+    assert settings["merge"] == {
+        "class_path": "fulgurite.methods.merging.linear.TaskArithmetic",
+        "init_args": {"lam": 0.4, "normalize": False},
+    }
+    printed = capsys.readouterr().out
+    assert "merged 3 models: out" in printed
+    assert "a.weight" in printed
+
+
+def test_a_config_says_the_same_and_the_command_line_wins(models, tmp_path):
+    _, tuned = models
+    options = {
+        "sources": ["ft0.safetensors", "ft1.safetensors"],
+        "merger": {"class_path": "Average"},
+        "weights": [1, 3],
+    }
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({**options, "out": "nowhere"}))
+    assert main(["merge", "--config", "merge.yaml", "--out", "out"]) == 0
+    expected = (tuned[0]["a.bias"] + 3 * tuned[1]["a.bias"]) / 4
+    torch.testing.assert_close(load_tensors("out")["a.bias"], expected)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(models, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    assert main(["merge", "--sources", "[ft*.safetensors]", *BASED, "--out", "out", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("TaskArithmetic into out", "ft2.safetensors", "2 tensors are merged", "to write", "free"):
+        assert part in printed
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--sources", "[x*.safetensors]", "--merger", "Average"), "x*.safetensors matches nothing"),
+        (("--sources", "[nix]", "--merger", "Average"), "no model at nix"),
+        (("--sources", "[ft0.safetensors]", "--merger", "Averge"), "did you mean Average"),
+        (("--sources", "[ft0.safetensors]", "--merger", "TaskArithmetic"), "needs the base"),
+        (("--sources", "[ft0.safetensors]", "--merger", "Average", "--weights", "[1, 2]"), "2 weights for 1 models"),
+        (("--sources", "[ft0.safetensors]", "--merger", "os.system"), "os.system"),
+        (("--merger", "Average"), "sources"),
+    ],
+)
+def test_what_is_wrong_is_one_message(argv, said, models, tmp_path, capsys):
+    assert main(["merge", *argv, "--out", "out"]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.encode()) < 2000
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_imports_torch_at_most(models):
+    script = """
+import json, sys
+from fulgurite.cli import main
+code = main(["merge", "--sources", "[ft0.safetensors, ft1.safetensors]", "--merger", "Average", "--out", "o"])
+print(json.dumps([code, [n for n in ("lightning", "transformers", "timm", "torchmetrics") if n in sys.modules]]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [0, []]
