@@ -76,7 +76,7 @@ def fitting_fisher(name: str, number: int, fisher: Tensor, expert: Tensor) -> Te
     Raises:
         ValueError: it has another shape, or an entry that is negative or no number.
     """
-    if fisher.dim() and fisher.shape[1:] == expert.shape[1:] and fisher.shape[0] > expert.shape[0]:
+    if fisher.dim() == expert.dim() > 0 and fisher.shape[1:] == expert.shape[1:] and fisher.shape[0] > expert.shape[0]:
         fisher = fisher[: expert.shape[0]]
     if fisher.shape != expert.shape:
         raise ValueError(f"{name}: a Fisher of {tuple(fisher.shape)} for a tensor of {tuple(expert.shape)}")
