@@ -202,7 +202,7 @@ class FisherStatistics(Statistic):
         rest = {name: parameter.detach() for name, parameter in self.call.model.named_parameters()}
         given = {f"model.{name}": value for name, value in {**rest, **values}.items()}
         output = functional_call(self.call, given, (batch,))
-        return output if isinstance(output, tuple) else (output, torch.ones_like(output.detach()[..., :1]).squeeze(-1))
+        return output if isinstance(output, tuple) else (output, output.detach().new_ones(output.shape[:-1]))
 
     def _moments(self, batch: Any, directions: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
         """sum_k |d <u_k, output> / d theta|^power over the directions u_k, at most ``chunk`` gradients at a time."""
