@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.lora_factors import Combination, Election, of_factors
+from fulgurite.methods.merging.lora_factors import Combination, Vote, of_factors
 
 LISTED = 8  # names in a message
 Form = Literal[
@@ -97,7 +97,7 @@ class MergeLoRA:
         rank: R of ``svd`` and ``delta_*``, by default the largest of the adapters at that layer; of ``mean``, where
             it is exact by default. R above the rank that there is adds nothing.
         density: share of entries that the pruning forms keep, in (0, 1]; they need one.
-        elect: vote of the ``*_ties`` forms.
+        vote: of the ``*_ties`` forms: by the sum of entries (``total``) or of their signs (``frequency``).
         seed: of the masks of ``*_dare_*``.
         strict: every layer must be in every adapter; otherwise one that lacks it does not change it.
 
@@ -110,7 +110,7 @@ class MergeLoRA:
         form: Form = "cat",
         rank: int | None = None,
         density: float | None = None,
-        elect: Election = "total",
+        vote: Vote = "total",
         seed: int = 0,
         strict: bool = True,
     ) -> None:
@@ -129,7 +129,7 @@ class MergeLoRA:
                 stacklevel=2,
             )
         self.form, self.rank, self.density, self.strict = form, rank, density, strict
-        self.combine = Combination(rule, density or 1.0, elect, seed) if kind in ("delta", "factors") else None
+        self.combine = Combination(rule, density or 1.0, vote, seed) if kind in ("delta", "factors") else None
 
     def __call__(self, adapters: Sequence[LoRAFactors], weights: Sequence[float] | None = None) -> dict[str, Factors]:
         """The merged adapter, in the types of the first that has the layer; computed in float32 (float64 if given).
@@ -142,19 +142,14 @@ class MergeLoRA:
             ValueError: the adapters do not fit together, or one is not finite. Names all that is wrong.
         """
         weights = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-        if not adapters or len(weights) != len(adapters):
-            raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters; give at least one adapter")
+        if len(weights) != len(adapters):
+            raise ValueError(f"{len(weights)} weights for {len(adapters)} adapters")
+        check_adapters(adapters, self.strict, self.form.startswith("factors"))
         if self.form == "mean":
             total = sum(weights)
             if abs(total) < 1e-8:
                 raise ValueError(f"form='mean' divides by the sum of the weights, and {weights} cancel")
             weights = [weight / total for weight in weights]
-        same_rank = self.form.startswith("factors")
-        problems = problems_of(adapters, self.strict, same_rank)
-        if problems:
-            more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-            listed = "\n  ".join(problems[:LISTED])
-            raise ValueError(f"the adapters do not fit together in {len(problems)} things:\n  {listed}{more}")
         merged = {}
         for site in dict.fromkeys(site for adapter in adapters for site in adapter):
             held = [(Factors(*a[site]), weight) for a, weight in zip(adapters, weights) if site in a]
@@ -185,6 +180,26 @@ class MergeLoRA:
         summed = exact_sum(factors, weights)
         whole = self.form == "cat" or (self.form == "mean" and self.rank is None) or rank >= summed.rank
         return summed if whole else truncated(summed, rank)
+
+
+def check_adapters(adapters: Sequence[LoRAFactors], strict: bool = True, same_rank: bool = False) -> None:
+    """Refuse adapters that do not fit together.
+
+    Args:
+        adapters: T of them.
+        strict: every layer must be in every adapter.
+        same_rank: a layer must have one rank in all adapters.
+
+    Raises:
+        ValueError: there are none, or layers that some lack, whose shapes differ, or that are not finite. Lists them.
+    """
+    if not adapters or not any(adapters):
+        raise ValueError("no adapters to merge, or none with a layer")
+    problems = problems_of(adapters, strict, same_rank)
+    if problems:
+        more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        listed = "\n  ".join(problems[:LISTED])
+        raise ValueError(f"the adapters do not fit together in {len(problems)} things:\n  {listed}{more}")
 
 
 def problems_of(adapters: Sequence[LoRAFactors], strict: bool, same_rank: bool) -> list[str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 from fulgurite.methods.merging.random import uniform
 
 Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
-Election = Literal["total", "frequency"]
+Vote = Literal["total", "frequency"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Combination:
     Args:
         rule: see the module.
         density: share of entries that stay, in (0, 1]; ``linear`` has none.
-        elect: sign of the sum of entries (``total``) or of the sum of their signs (``frequency``).
+        vote: sign of the sum of entries (``total``) or of the sum of their signs (``frequency``).
         seed: of the masks of ``dare_*``.
     """
 
     rule: Rule
     density: float = 1.0
-    elect: Election = "total"
+    vote: Vote = "total"
     seed: int = 0
 
     def __call__(self, tensors: Sequence[Tensor], weights: Sequence[float], name: str) -> Tensor:
@@ -60,7 +60,7 @@ class Combination:
             parts = [largest(tensor, self.density) for tensor in tensors]
         if not self.rule.endswith("ties"):
             return sum(part * weight for part, weight in zip(parts, weights))
-        return elected_mean(parts, weights, self.elect)
+        return elected_mean(parts, weights, self.vote)
 
     def _thinned(self, tensor: Tensor, number: int, name: str) -> Tensor:
         if self.density == 1:
@@ -79,9 +79,9 @@ def largest(tensor: Tensor, density: float) -> Tensor:
     return torch.zeros_like(flat).index_copy(0, chosen, flat[chosen]).view(tensor.shape)
 
 
-def elected_mean(tensors: Sequence[Tensor], weights: Sequence[float], elect: Election) -> Tensor:
+def elected_mean(tensors: Sequence[Tensor], weights: Sequence[float], vote: Vote) -> Tensor:
     """sum_i w_i t_i over entries of the elected sign, divided by their number (by 1 where there is none)."""
-    votes = sum(tensor.sign() if elect == "frequency" else tensor for tensor in tensors)
+    votes = sum(tensor.sign() if vote == "frequency" else tensor for tensor in tensors)
     sign = torch.where(votes >= 0, 1.0, -1.0).to(votes.dtype)
     total, count = torch.zeros_like(votes), torch.zeros_like(votes)
     for tensor, weight in zip(tensors, weights):

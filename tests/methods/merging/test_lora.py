@@ -180,11 +180,11 @@ def in_peft(adapters, kind, weights, **options):
         ("delta_magnitude_prune", "magnitude_prune_svd"),
     ],
 )
-@pytest.mark.parametrize("elect", ["total", "frequency"])
-def test_peft_makes_the_same(form, kind, elect, adapters):
+@pytest.mark.parametrize("vote", ["total", "frequency"])
+def test_peft_makes_the_same(form, kind, vote, adapters):
     options = {} if kind in ("cat", "svd", "linear") else {"density": 0.4}
-    theirs = in_peft(adapters, kind, WEIGHTS, majority_sign_method=elect, **options)
-    for site, f in merger(form, 0.4, elect=elect)(adapters, WEIGHTS).items():
+    theirs = in_peft(adapters, kind, WEIGHTS, majority_sign_method=vote, **options)
+    for site, f in merger(form, 0.4, vote=vote)(adapters, WEIGHTS).items():
         a, b, scale = theirs[site]
         torch.testing.assert_close(f.change(), scale * b @ a, rtol=1e-4, atol=1e-4)
         if form in ("cat", "factors_linear", "factors_ties"):
@@ -203,10 +203,12 @@ def test_what_does_not_fit_is_one_error(adapters):
         MergeLoRA()([{"q": Factors(torch.zeros(4, 9), torch.zeros(10, 3), 1.0)}])
     with pytest.raises(ValueError, match="ranks 4 and 2"):
         merger("factors_linear")([adapter(1), adapter(2, rank=2)])
+    with pytest.raises(ValueError, match="no adapters"):
+        MergeLoRA()([])
     with pytest.raises(ValueError, match="2 weights for 1 adapters"):
         MergeLoRA()(adapters[:1], [1.0, 2.0])
     with pytest.raises(ValueError, match="cancel"):
-        MergeLoRA("mean")(adapters[:2], [1.0, -1.0])
+        MergeLoRA("mean")([adapter(1), adapter(2)], [1.0, -1.0])
 
 
 def test_a_layer_that_one_lacks_is_no_change_by_option(adapters):

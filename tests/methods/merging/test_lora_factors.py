@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fulgurite.methods.merging.lora_factors import Combination, elected_mean, largest, of_factors
+from fulgurite.methods.merging.lora_factors import Combination, of_factors
 
 WEIGHTS = [1.0, 0.5, -2.0]
 
@@ -14,24 +14,25 @@ def tensors():
     return [torch.randn(5, 8, generator=generator) for _ in WEIGHTS]
 
 
-def test_exactly_the_share_is_kept_and_the_first_of_equal_ones():
-    tensor = torch.tensor([[2.0, -3.0, 2.0], [-2.0, 1.0, 0.0]])
-    assert torch.equal(largest(tensor, 0.5), torch.tensor([[2.0, -3.0, 2.0], [0.0, 0.0, 0.0]]))
-    assert torch.equal(largest(tensor, 0.4), torch.tensor([[2.0, -3.0, 0.0], [0.0, 0.0, 0.0]]))
-    assert torch.equal(largest(tensor, 0.01), torch.tensor([[0.0, -3.0, 0.0], [0.0, 0.0, 0.0]]))
-    assert torch.equal(largest(tensor, 1.0), tensor)
-
-
-@pytest.mark.parametrize("elect", ["total", "frequency"])
-def test_the_elected_mean_entry_by_entry(elect, tensors):
+@pytest.mark.parametrize("vote", ["total", "frequency"])
+def test_the_elected_mean_entry_by_entry(vote, tensors):
     tensors[0][0, 0], tensors[1][0, 0], tensors[2][0, 0] = 1.0, -1.0, 0.0  # a vote that ends at zero
-    merged = elected_mean(tensors, WEIGHTS, elect)
+    merged = Combination("ties", 1.0, vote)(tensors, WEIGHTS, "q")
     for i in range(5):
         for j in range(8):
             values = [float(t[i, j]) for t in tensors]
-            vote = sum(values) if elect == "total" else sum((v > 0) - (v < 0) for v in values)
-            kept = [w * v for v, w in zip(values, WEIGHTS) if v != 0 and (v > 0) == (vote >= 0)]
+            ballot = sum(values) if vote == "total" else sum((v > 0) - (v < 0) for v in values)
+            kept = [w * v for v, w in zip(values, WEIGHTS) if v != 0 and (v > 0) == (ballot >= 0)]
             assert merged[i, j].item() == pytest.approx(sum(kept) / max(len(kept), 1), rel=1e-5, abs=1e-6)
+
+
+def test_pruning_keeps_the_share_of_each_tensor(tensors):
+    merged = Combination("magnitude_prune", 0.3)(tensors, WEIGHTS, "q")
+    expected = torch.zeros(40)
+    for tensor, weight in zip(tensors, WEIGHTS):
+        chosen = sorted(range(40), key=lambda i: -abs(float(tensor.flatten()[i])))[:12]
+        expected[chosen] += weight * tensor.flatten()[chosen]
+    torch.testing.assert_close(merged.flatten(), expected)
 
 
 def test_thinning_is_unbiased_and_its_survivors_are_scaled(tensors):
