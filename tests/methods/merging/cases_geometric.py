@@ -1,7 +1,9 @@
+from fulgurite.methods.merging.iso_c import IsoC
 from fulgurite.methods.merging.layerwise import Layerwise
 from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
 from fulgurite.methods.merging.slerp import Slerp
+from fulgurite.methods.merging.tsv_m import TsvM
 
 CASES = [
     (Slerp(), 2, False),
@@ -9,4 +11,8 @@ CASES = [
     (Layerwise(Slerp(), [("attn", [0, 1])]), 2, False),
     (ModelStock(), 3, False),
     (ModelStock(scope="filter", clamp=False, mean="angle"), 3, False),
+    (IsoC(), None, False),
+    (IsoC(lam=0.5, exclude=["head"], solver="newton_schulz"), None, False),
+    (TsvM(), None, False),
+    (TsvM(whiten="svd"), 3, False),
 ]
