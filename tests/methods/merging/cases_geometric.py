@@ -2,6 +2,7 @@ from fulgurite.methods.merging.iso_c import IsoC
 from fulgurite.methods.merging.layerwise import Layerwise
 from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
+from fulgurite.methods.merging.opcm import Opcm
 from fulgurite.methods.merging.slerp import Slerp
 from fulgurite.methods.merging.tsv_m import TsvM
 
@@ -15,4 +16,6 @@ CASES = [
     (IsoC(lam=0.5, exclude=["head"], solver="newton_schulz"), None, False),
     (TsvM(), None, False),
     (TsvM(whiten="svd"), 3, False),
+    (Opcm(), None, True),
+    (Opcm(keep=True, exclude=["head"]), None, True),
 ]
