@@ -34,7 +34,6 @@ def orthogonal_part(tau: Tensor, merged: Tensor, alpha: float = 0.5) -> Tensor:
     rank = int(within.to(torch.uint8).argmax()) if within.any() else len(values)
     seen = left.mT @ tau
     diagonal = (seen * right).sum(1)
-    diagonal[:rank] = 0
     block = (seen[:rank] @ right[:rank].mT) @ right[:rank]
     removed = torch.cat([block, diagonal[rank:, None] * right[rank:]])
     return tau - left @ removed
