@@ -91,11 +91,11 @@ def regression_mean(
     total.diagonal().add_(ridge * total.diagonal().mean())
     factor, failed = torch.linalg.cholesky_ex(total)
     # The factorisation of a singular matrix may pass, with rounding errors for pivots.
-    least = len(total) * torch.finfo(total.dtype).eps * total.diagonal().max()
-    if not failed and factor.diagonal().square().min() > least:
+    rounding = 8 * len(total) * torch.finfo(total.dtype).eps
+    if not failed and factor.diagonal().square().min() > rounding * total.diagonal().max():
         return mean + torch.cholesky_solve(right, factor).T
-    # Only the CPU's solver takes matrices of less than full rank.
-    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), driver="gelsd").solution
+    # Only the CPU's solver takes matrices of less than full rank; its own threshold lets rounding errors pass.
+    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), rcond=rounding, driver="gelsd").solution
     return mean + solved.to(mean.device).T
 
 

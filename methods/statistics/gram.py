@@ -28,11 +28,11 @@ PerLayer = Tensor | Mapping[str, Tensor] | None
 def gram_of(rows: Tensor, weights: Tensor | None, dtype: torch.dtype, diagonal: bool = False) -> Tensor:
     """sum_t w_t x_t x_t^T of rows (N, D) in ``dtype``: (D, D), or its diagonal (D,).
 
-    Reduced-precision products (autocast, TF32) are off. Holds a copy of 4096 rows in ``dtype``.
+    TF32 is off, and autocast leaves products in place alone. Holds a copy of 4096 rows in ``dtype``.
     """
     width = rows.shape[-1]
     out = torch.zeros((width,) if diagonal else (width, width), dtype=dtype, device=rows.device)
-    with full_precision(rows.device):
+    with full_precision():
         for start in range(0, len(rows), ROWS_AT_ONCE):
             x = rows[start : start + ROWS_AT_ONCE].to(dtype)
             weighted = x if weights is None else x * weights[start : start + ROWS_AT_ONCE, None].to(dtype)
@@ -44,7 +44,7 @@ def gram_of(rows: Tensor, weights: Tensor | None, dtype: torch.dtype, diagonal: 
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Float32 products in float32 while inside, whatever the precision that was asked for outside."""
     try:
         before = torch.get_float32_matmul_precision()
@@ -56,8 +56,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     else:
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device.type, enabled=False):
-            yield
+        yield
     finally:
         if before is None:
             torch.backends.cuda.matmul.fp32_precision = newer

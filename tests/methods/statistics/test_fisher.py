@@ -172,6 +172,13 @@ def test_draws_depend_on_seed_and_index_alone(x):
     assert not torch.allclose(other.means()["3.bias"], whole.means()["3.bias"])
 
 
+def test_equal_examples_are_drawn_apart(x):
+    model = small()
+    same = x[:1].expand(400, -1)
+    found = measured(model, same, split=400, max_exact=1, chunk=100, generator=torch.Generator().manual_seed(0))
+    close(found.means(), measured(model, x[:1]).means(), 0.3)
+
+
 class Attention(nn.Module):
     """What a text model has: embeddings, attention with padding, tied weights, a norm."""
 

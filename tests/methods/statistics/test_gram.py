@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fulgurite.methods.statistics.gram import GramStatistics, gram_of, token_shares
+from fulgurite.methods.statistics.gram import GramStatistics, full_precision, gram_of, token_shares
 
 QKV = tuple(rf"blocks\.\d+\.{name}" for name in "qkv")
 
@@ -185,6 +185,22 @@ def test_reduced_precision_outside_changes_nothing(model, batch):
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(low.sums["head"], exact.sums["head"])
+
+
+@pytest.mark.parametrize("newer", [True, False])
+def test_float32_products_are_in_float32(newer):
+    before = torch.get_float32_matmul_precision()
+    if newer:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision(before)
 
 
 def test_many_rows_are_taken_in_pieces(monkeypatch):
