@@ -27,8 +27,8 @@ class RegMean(DataDrivenMerger):
 
     Args:
         offdiag: a, the factor of the Grams' off-diagonal entries; 1 keeps them, 0 weighs each column alone.
-        ridge: added to the diagonal of the summed Gram, relative to its mean. Grams in float32 of fewer rows than
-            columns need 1e-6 where ``offdiag`` is 1: their rounding errors are above 1e-8.
+        ridge: added to the diagonal of the summed Gram, relative to its mean; 0 solves by least squares. Grams in
+            float32 of fewer rows than columns need 1e-6 where ``offdiag`` is 1: their rounding errors are above 1e-8.
     """
 
     def __init__(self, offdiag: float = 0.9, ridge: float = 1e-8) -> None:
@@ -78,7 +78,8 @@ def regression_mean(
 ) -> Tensor:
     """W* (out, in) in float64, from T matrices (out, in) and Grams (in, in).
 
-    By Cholesky, or by least squares where the summed Gram is not positive definite in float64.
+    By Cholesky; by least squares, which is slower, where the summed Gram is not positive definite, and where there is
+    no ridge: the factorisation of a singular matrix often passes, with rounding errors for pivots.
     """
     mean = average([matrix.double() for matrix in matrices], weights)
     total = torch.zeros_like(grams[0], dtype=torch.float64)
@@ -89,13 +90,12 @@ def regression_mean(
         total.add_(scaled, alpha=weight)
         right.addmm_(scaled, (matrix.double() - mean).T, alpha=weight)
     total.diagonal().add_(ridge * total.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(total)
-    # The factorisation of a singular matrix may pass, with rounding errors for pivots.
-    rounding = 8 * len(total) * torch.finfo(total.dtype).eps
-    if not failed and factor.diagonal().square().min() > rounding * total.diagonal().max():
-        return mean + torch.cholesky_solve(right, factor).T
-    # Only the CPU's solver takes matrices of less than full rank; its own threshold lets rounding errors pass.
-    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), rcond=rounding, driver="gelsd").solution
+    if ridge > 0:
+        factor, failed = torch.linalg.cholesky_ex(total)
+        if not failed:
+            return mean + torch.cholesky_solve(right, factor).T
+    # Only the CPU's solver takes matrices of less than full rank.
+    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), driver="gelsd").solution
     return mean + solved.to(mean.device).T
 
 

@@ -82,15 +82,18 @@ def test_directions_that_no_input_has_shown_are_averaged(ridge, experts, inputs)
     torch.testing.assert_close(nothing, mean, rtol=1e-12, atol=1e-12)
 
 
-def test_singular_grams_are_never_factored():
-    """Cholesky often passes for them, with rounding errors for pivots."""
+@pytest.mark.parametrize("width", [6, 24])
+def test_singular_grams_without_a_ridge_are_never_factored(width):
+    """Cholesky often passes for them, and gives rounding errors for what no input has shown."""
     generator = torch.Generator().manual_seed(4)
-    for _ in range(30):
-        matrices = [torch.randn(2, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
-        x = torch.randn(5, 6, generator=generator, dtype=torch.float64)
-        unseen = torch.linalg.svd(x)[2][5:]
-        merged = regression_mean(matrices, [x.T @ x, 2 * x.T @ x], [1.0, 1.0], ridge=0.0)
-        torch.testing.assert_close(unseen @ merged.T, unseen @ (matrices[0] + matrices[1]).T / 2)
+    for _ in range(60):
+        matrices = [torch.randn(2, width, generator=generator, dtype=torch.float64) for _ in range(2)]
+        x = torch.randn(width - 1, width, generator=generator, dtype=torch.float64)
+        unseen = torch.linalg.svd(x)[2][-1:]
+        for ridge, tolerance in ((0.0, 1e-8), (1e-8, 1e-5)):
+            merged = regression_mean(matrices, [x.T @ x, 2 * x.T @ x], [1.0, 1.0], ridge=ridge)
+            mean = (matrices[0] + matrices[1]) / 2
+            torch.testing.assert_close(unseen @ merged.T, unseen @ mean.T, rtol=0, atol=tolerance)
 
 
 def test_weights_stored_as_in_out_give_the_transposed_result(experts, inputs):
