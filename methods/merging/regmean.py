@@ -27,8 +27,7 @@ class RegMean(DataDrivenMerger):
 
     Args:
         offdiag: a, the factor of the Grams' off-diagonal entries; 1 keeps them, 0 weighs each column alone.
-        ridge: added to the diagonal of the summed Gram, relative to its mean; 0 solves by least squares. Grams in
-            float32 of fewer rows than columns need 1e-6 where ``offdiag`` is 1: their rounding errors are above 1e-8.
+        ridge: added to the diagonal of the summed Gram, relative to its mean.
     """
 
     def __init__(self, offdiag: float = 0.9, ridge: float = 1e-8) -> None:
@@ -78,8 +77,9 @@ def regression_mean(
 ) -> Tensor:
     """W* (out, in) in float64, from T matrices (out, in) and Grams (in, in).
 
-    By Cholesky; by least squares, which is slower, where the summed Gram is not positive definite, and where there is
-    no ridge: the factorisation of a singular matrix often passes, with rounding errors for pivots.
+    By Cholesky where what ``ridge`` and ``offdiag`` add to the diagonal is above rounding errors of the Grams' type,
+    since the factorisation of a singular matrix often passes, with rounding errors for pivots. Else, and where it
+    fails, by least squares, which is slower and leaves directions within those errors at the mean.
     """
     mean = average([matrix.double() for matrix in matrices], weights)
     total = torch.zeros_like(grams[0], dtype=torch.float64)
@@ -90,12 +90,13 @@ def regression_mean(
         total.add_(scaled, alpha=weight)
         right.addmm_(scaled, (matrix.double() - mean).T, alpha=weight)
     total.diagonal().add_(ridge * total.diagonal().mean())
-    if ridge > 0:
+    rounding = 8 * len(total) ** 0.5 * max(torch.finfo(gram.dtype).eps for gram in grams)
+    if ridge + 1 - offdiag > rounding:
         factor, failed = torch.linalg.cholesky_ex(total)
         if not failed:
             return mean + torch.cholesky_solve(right, factor).T
     # Only the CPU's solver takes matrices of less than full rank.
-    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), driver="gelsd").solution
+    solved = torch.linalg.lstsq(total.cpu(), right.cpu(), rcond=rounding, driver="gelsd").solution
     return mean + solved.to(mean.device).T
 
 
