@@ -78,8 +78,9 @@ def test_directions_that_no_input_has_shown_are_averaged(ridge, experts, inputs)
     unseen = torch.linalg.svd(torch.cat(few).double())[2][3:]
     mean = sum(matrices) / 3
     torch.testing.assert_close(unseen @ merged.T, unseen @ mean.T, rtol=1e-5, atol=1e-5)
-    nothing = regression_mean(matrices, [torch.zeros(6, 6)] * 3, [1.0] * 3, 1.0, ridge)
-    torch.testing.assert_close(nothing, mean, rtol=1e-12, atol=1e-12)
+    for offdiag in (1.0, 0.9):
+        nothing = regression_mean(matrices, [torch.zeros(6, 6)] * 3, [1.0] * 3, offdiag, ridge)
+        torch.testing.assert_close(nothing, mean, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [6, 24])
