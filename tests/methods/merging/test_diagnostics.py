@@ -117,9 +117,9 @@ def test_without_a_change_there_is_no_direction(base, experts):
 
 @pytest.mark.parametrize("size", range(5, 40))
 def test_a_shift_by_one_number_has_no_correlation(size):
-    base = {"a": torch.zeros(size)}
-    ramp = torch.arange(float(size))
-    result = whole(diagnose([{"a": torch.full((size,), 0.1)}, {"a": ramp}], base))
+    base = {"a": torch.zeros(size, dtype=torch.float64)}
+    ramp = torch.arange(float(size), dtype=torch.float64)
+    result = whole(diagnose([{"a": torch.full((size,), 0.1, dtype=torch.float64)}, {"a": ramp}], base))
     assert result.correlation[0].isnan().all()
     assert result.correlation[1, 1] == pytest.approx(1)
     assert result.cosine[0, 1] == pytest.approx(float(ramp.sum() / (size**0.5 * ramp.norm())))
