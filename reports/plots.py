@@ -1,7 +1,6 @@
 """Figures of results, each a `matplotlib.figure.Figure` of its own; nothing touches pyplot's global state.
 
-Colours are safe for the common kinds of colour blindness (Okabe and Ito for lines; one light-to-dark scale
-for matrices, whose values are also written in the cells). Sizes are in inches.
+A matrix has its values in the cells. Sizes are in inches.
 """
 
 from __future__ import annotations
@@ -11,16 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fulgurite.reports.canvas import CHARACTER, INK, LINES, MARKERS, RULE, SHADES, SOFT, new_axes, new_figure, put_text
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Matrix = Sequence[Sequence[float]]
-INK, SOFT, RULE = "#1d2328", "#5a646c", "#dcd9d1"
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d", "#8a6d00")
-SHADES = ("#f6f4ec", "#cfe2df", "#7db7bb", "#2b7f8d", "#0b3f4d")
-MARKERS = "osD^vPX*"
-CHARACTER = 0.082
 
 
 @dataclass(frozen=True)
@@ -82,26 +78,26 @@ def matrices_figure(
     head = 0.42 * bool(title) + 0.28 * bool(subtitle)
     width = max(left + across * box[0] + (across - 1) * gap + 0.2, CHARACTER * 1.35 * len(title) + 0.3)
     width = max(width, CHARACTER * len(subtitle) + 0.3)
-    figure = _figure(width, head + down * (above + box[1] + below) + 0.05)
+    figure = new_figure(width, head + down * (above + box[1] + below) + 0.05)
     total = figure.get_figheight()
     if title:
-        _text(figure, 0.12, total - 0.16, title, fontsize=13, weight="bold", va="top", color=INK)
+        put_text(figure, 0.12, total - 0.16, title, fontsize=13, weight="bold", va="top", color=INK)
     if subtitle:
-        _text(figure, 0.12, total - 0.48, subtitle, fontsize=9.5, va="top", color=SOFT)
+        put_text(figure, 0.12, total - 0.48, subtitle, fontsize=9.5, va="top", color=SOFT)
     finite = [v for p in panels for r in p.matrix for v in r if not math.isnan(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     high = max(high, low + 0.05)
     for index, panel in enumerate(panels):
         x = left + (index % across) * (box[0] + gap)
         y = total - head - above - box[1] - (index // across) * (above + box[1] + below)
-        axes = _axes(figure, x, y, *box)
+        axes = new_axes(figure, x, y, *box)
         _cells(axes, panel.matrix, low, high, lambda v: f"{100 * v:.1f}")
         _names(axes, rows if index % across == 0 else [""] * len(rows), columns)
         if trained_from is not None:
             axes.plot(*_staircase(trained_from, len(rows)), color=INK, linewidth=1.8, clip_on=False, zorder=3)
-        _text(figure, x, y + box[1] + above - 0.14, panel.title, fontsize=10.5, weight="bold", va="top")
+        put_text(figure, x, y + box[1] + above - 0.14, panel.title, fontsize=10.5, weight="bold", va="top")
         if panel.note:
-            _text(figure, x, y - 0.09, panel.note, fontsize=9, va="top", color=SOFT)
+            put_text(figure, x, y - 0.09, panel.note, fontsize=9, va="top", color=SOFT)
     return figure
 
 
@@ -119,8 +115,8 @@ def confusion_figure(counts: Matrix, names: Sequence[str], title: str = "") -> F
     left, above = CHARACTER * max(map(len, names)) + 0.5, 0.78
     box = (size * len(names), tall * len(names))
     width = max(left + box[0] + 0.2, CHARACTER * 1.12 * len(title) + left)
-    figure = _figure(width, above + box[1] + 0.12)
-    axes = _axes(figure, left, 0.12, *box)
+    figure = new_figure(width, above + box[1] + 0.12)
+    axes = new_axes(figure, left, 0.12, *box)
     _cells(axes, shares, 0.0, 1.0, lambda v: "")
     for r, row in enumerate(counts):
         for c, count in enumerate(row):
@@ -132,8 +128,8 @@ def confusion_figure(counts: Matrix, names: Sequence[str], title: str = "") -> F
                 axes.text(c, r + 0.24, f"{count:.0f}", ha="center", va="center", color=colour, fontsize=7.5)
     _names(axes, names, names)
     axes.set_ylabel("domain of the question", color=SOFT, fontsize=9)
-    _text(figure, left, above + box[1] - 0.02, title, fontsize=10.5, weight="bold", va="top")
-    _text(figure, left, box[1] + 0.58, "sent to", fontsize=9, va="top", color=SOFT)
+    put_text(figure, left, above + box[1] - 0.02, title, fontsize=10.5, weight="bold", va="top")
+    put_text(figure, left, box[1] + 0.58, "sent to", fontsize=9, va="top", color=SOFT)
     return figure
 
 
@@ -154,11 +150,11 @@ def lines_figure(
     label = CHARACTER * max(map(len, domains)) + 0.25
     wide, tall, gap = max(2.6, 0.62 * len(stages)), 2.6, 0.3
     foot = 0.6 * CHARACTER * max(map(len, stages)) + 0.35
-    figure = _figure(0.65 + len(panels) * (wide + gap + label), foot + tall + 0.45)
+    figure = new_figure(0.65 + len(panels) * (wide + gap + label), foot + tall + 0.45)
     finite = [100 * v for p in panels for r in p.matrix for v in r if not math.isnan(v)]
     low, high = (min(finite) - 4, max(finite) + 4) if finite else (0, 100)
     for index, panel in enumerate(panels):
-        axes = _axes(figure, 0.65 + index * (wide + gap + label), foot, wide, tall)
+        axes = new_axes(figure, 0.65 + index * (wide + gap + label), foot, wide, tall)
         ends = []
         for i, name in enumerate(domains):
             values = [100 * row[i] for row in panel.matrix]
@@ -202,8 +198,8 @@ def bars_figure(
         title: above it.
     """
     left = CHARACTER * max(map(len, names)) + 0.25
-    figure = _figure(left + 5.2, 0.36 * len(names) + 0.95)
-    axes = _axes(figure, left, 0.5, 4.5, 0.36 * len(names))
+    figure = new_figure(left + 5.2, 0.36 * len(names) + 0.95)
+    axes = new_axes(figure, left, 0.5, 4.5, 0.36 * len(names))
     colours = [LINES[0] if i == chosen else "#a9bcc4" for i in range(len(names))]
     axes.barh(range(len(names)), [100 * v for v in values], height=0.66, color=colours, zorder=1)
     for y, row in enumerate(points):
@@ -224,24 +220,6 @@ def bars_figure(
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(title, fontsize=10.5, weight="bold", loc="left", color=INK)
     return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
-    total = figure.get_figwidth(), figure.get_figheight()
-    return figure.add_axes((x / total[0], y / total[1], width / total[0], height / total[1]))
-
-
-def _text(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    figure.text(x / figure.get_figwidth(), y / figure.get_figheight(), text, **style)
 
 
 def _cells(axes: Axes, matrix: Matrix, low: float, high: float, show: Any) -> None:
