@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,9 @@ def write_in_place(
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """Write a safetensors file at ``path`` (not atomic by itself: use it in `publish_folder`).
 
+    Several processes that share the file system may write one file: one calls `reserve`, then each calls `fill` for
+    names of its own, then one calls `records_of`; this function is all three.
+
     Args:
         path: where nothing is yet.
         like: types and shapes by name; values are not read, so the meta device will do.
@@ -41,8 +44,15 @@ def write_in_place(
         WriteError: the operating system refused.
         ValueError: the pieces of a tensor are not of its type, or do not make up its size.
     """
-    header, places, size = file_layout(like)
-    with naming(path), open(path, "xb+") as file:
+    reserve(path, like)
+    fill(path, like, pieces, list(like), threads)
+    return records_of(path, like, algorithm)
+
+
+def reserve(path: Path, like: Mapping[str, Tensor]) -> None:
+    """Make the file at its full size, with its header, so that a full disk is found before any work."""
+    header, _, size = file_layout(like)
+    with naming(path), open(path, "xb") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
@@ -50,7 +60,13 @@ def write_in_place(
             raise WriteError(why, error.errno) from error
         os.pwrite(file.fileno(), header, 0)
 
-        def fill(name: str) -> None:
+
+def fill(path: Path, like: Mapping[str, Tensor], pieces: Pieces, names: Sequence[str], threads: int = 1) -> None:
+    """Write the tensors ``names`` into the file that `reserve` has made."""
+    _, places, _ = file_layout(like)
+    with naming(path), open(path, "rb+") as file:
+
+        def write(name: str) -> None:
             tensor, done = like[name], 0
             for start, piece in pieces(name):
                 if piece.dtype != tensor.dtype:
@@ -61,10 +77,18 @@ def write_in_place(
             if done != tensor.numel():
                 raise ValueError(f"the pieces of {name} hold {done} of {tensor.numel()} elements")
 
-        largest_first = sorted(like, key=lambda name: -like[name].numel())
+        largest_first = sorted(names, key=lambda name: -like[name].numel())
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(fill, largest_first):
+            for _ in pool.map(write, largest_first):
                 pass
+
+
+def records_of(
+    path: Path, like: Mapping[str, Tensor], algorithm: str = DEFAULT
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    """The records of a file that is complete, and of its tensors."""
+    _, places, size = file_layout(like)
+    with naming(path), open(path, "rb") as file:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
             records = {}
             for name, tensor in like.items():

@@ -115,7 +115,7 @@ def expanded(patterns: Sequence[str]) -> list[Path]:
 
 def matching_of(options: Any) -> Any:
     """`Matching` of the options."""
-    from fulgurite.methods.merging.base import Matching
+    from fulgurite.methods.merging.plan import Matching
 
     return Matching(options.strict, options.rows, options.donor)
 
@@ -148,7 +148,7 @@ def merge(experts: Sequence[Path], base: str | None, merger: Any, options: Any) 
 def preview(experts: Sequence[Path], base: str | None, out: Path, merger: Any, options: Any) -> int:
     """Print what a merge would read, hold and write."""
     from fulgurite.checkpoints.sources import open_source
-    from fulgurite.methods.merging.base import plan_of
+    from fulgurite.methods.merging.plan import plan_of
     from fulgurite.methods.merging.files import held_bytes
 
     merger.check(len(experts), base is not None, options.weights)

@@ -1,4 +1,4 @@
-"""What every merger shares: which entries of several models are merged, in which arithmetic, and in which order.
+"""What every merger shares: in which arithmetic, in which order, and in how many passes models are merged.
 
 A merger combines experts theta_1 .. theta_T, given as mappings from name to tensor, with or without the base theta_0
 that they were fine-tuned from; tau_i = theta_i - theta_0 is a task vector. Only floating-point tensors are merged, in
@@ -9,58 +9,63 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-StateDict = Mapping[str, Tensor]
-LISTED = 8  # names in a message
+from fulgurite.methods.merging.plan import PIECE, Matching, Operands, Plan, StateDict, plan_of
+from fulgurite.methods.ranks import ALONE, Ranks
+
 # Running statistics of normalisation: their mean is one, while a sum or a trimmed task vector is not.
 STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
-
-
-@dataclass(frozen=True)
-class Matching:
-    """What happens to entries that the models do not all have alike.
-
-    Args:
-        strict: every name must be in every model; otherwise what only some have is taken from the base, or from the
-            first expert that has it.
-        rows: matrices with another number of rows (vocabularies): ``"error"``, or ``"common"`` to merge the rows that
-            all have and leave out the rest.
-        donor: index of the expert whose integer entries are taken where they differ; None makes that an error.
-    """
-
-    strict: bool = True
-    rows: Literal["error", "common"] = "error"
-    donor: int | None = None
+Seen = Callable[[str, int], None]
 
 
 class Merger(ABC):
     """A way to make one model of several.
 
-    A subclass says in `merge_tensor` what becomes of one tensor; what it must know of all tensors before (a threshold
-    over the whole model) it collects in `scan`. Nothing is kept from one merge to the next, and no input is changed.
+    A subclass says in `merge_tensor` what becomes of one tensor. What it must know of the whole model before (a
+    threshold, a length) it collects in passes: `begin` names the first, `scan` sees every tensor, `settle` draws the
+    conclusion and names the next. A method that needs no tensor whole is a `Piecewise` one.
+    Nothing is kept from one merge to the next, and no input is changed.
 
     Attributes:
-        scanned: what `scan` has collected in this merge.
+        scanned: what the passes have found in this merge.
+        stage: name of the present pass.
     """
 
     needs_base: ClassVar[bool] = True
-    scans: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = False  # whether `merge_tensor` may be given a tensor in flat pieces, one by one
     min_experts: ClassVar[int] = 1
+    piecewise: bool = False  # whether tensors are read in flat pieces, here and in `scan`
+    stage: str = ""
 
-    def begin(self, num_experts: int) -> None:
-        """Forget an earlier merge. Called once, before `scan`."""
+    def begin(self, plan: Plan) -> str | None:
+        """Forget an earlier merge; called once, before all else.
+
+        Returns:
+            name of the first pass; None where there is none.
+        """
         self.scanned: dict[str, Any] = {}
+        return None
 
-    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> None:
-        """See one tensor of all models, in the order of sorted names; only where ``scans``."""
-        raise NotImplementedError(f"{type(self).__name__} says scans, and does not say how")
+    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> Any:
+        """What the pass ``stage`` must know of one tensor (of flat pieces of it, in order, where ``piecewise``).
+
+        Tensors are shown in any order and at the same time, so nothing is stored here; statistics of normalisation,
+        which are averaged, are not shown.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names a pass, and does not say what it looks for")
+
+    def combine(self, summary: Any, other: Any) -> Any:
+        """What `scan` returns, of both parts of the model together; the same in whatever order parts are combined."""
+        raise NotImplementedError(f"{type(self).__name__} names a pass, and does not say how its parts add up")
+
+    def settle(self, summary: Any) -> str | None:
+        """Draw what follows from a pass that has seen all; returns the name of the next pass, if there is one."""
+        raise NotImplementedError(f"{type(self).__name__} names a pass, and does not say what follows")
 
     @abstractmethod
     def merge_tensor(
@@ -77,6 +82,18 @@ class Merger(ABC):
         Returns:
             a new tensor of that shape and type.
         """
+
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """One merged tensor as flat pieces in order; here a single one."""
+        yield self.merge_tensor(operands.name, *operands.whole(), weights).reshape(-1)
+
+    def merge_one(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """`merge_pieces`, except for running statistics of normalisation, which are averaged."""
+        if not STATISTIC.search(operands.name):
+            yield from self.merge_pieces(operands, weights)
+            return
+        for _, _, experts in operands.pieces():
+            yield average(experts, weights)
 
     def __call__(
         self,
@@ -97,17 +114,16 @@ class Merger(ABC):
             ValueError: the models do not fit together, or one holds NaN. Names all that is wrong.
         """
         weights = self.check(len(experts), base is not None, weights)
-        plan = plan_of(experts, base, matching or Matching())
-        self.begin(len(experts))
-        for name in sorted(plan.merged) if self.scans else ():
-            self.scan(name, *plan.sources(name))
+        plan = plan_of(experts, base, matching)
+        survey(self, plan)
         out: dict[str, Tensor] = {}
         for name in plan.order:
             if name in plan.tied:
                 out[name] = out[plan.tied[name]]
             elif name in plan.merged:
-                own = plan.reference(name)
-                out[name] = self.merge_one(name, *plan.sources(name), weights).to(own.dtype)
+                own = plan.merged[name][0]
+                operands = plan.operands(name, PIECE if own.device.type == "cpu" else max(own.numel(), 1))
+                out[name] = whole_of(self.merge_one(operands, weights), own)
             else:
                 out[name] = plan.copied[name].clone()
         return out
@@ -128,120 +144,96 @@ class Merger(ABC):
             raise ValueError(f"{len(weights)} weights for {num_experts} models")
         return weights
 
-    def merge_one(self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """`merge_tensor`, except for running statistics of normalisation, which are averaged."""
-        if STATISTIC.search(name):
-            return average(experts, weights)
-        return self.merge_tensor(name, base, experts, weights)
 
+class Piecewise(Merger):
+    """A merger that reads each tensor piece by piece, as often as it must, and holds none of them whole.
 
-@dataclass(frozen=True)
-class Plan:
-    """Which entries are merged, copied or tied; see `plan_of`."""
-
-    order: tuple[str, ...]
-    merged: frozenset[str]
-    copied: dict[str, Tensor]
-    tied: dict[str, str]
-    experts: Sequence[StateDict]
-    base: StateDict | None
-
-    def reference(self, name: str) -> Tensor:
-        """The tensor whose type and device the result has."""
-        return (self.experts[0] if self.base is None else self.base)[name]
-
-    def sources(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
-        """Base and experts of one tensor in the arithmetic's type, on the reference's device, with common rows.
-
-        Raises:
-            ValueError: a source holds NaN.
-        """
-        return self._read(name, self._cut(name))
-
-    def pieces(self, name: str, size: int) -> Iterator[tuple[int, Tensor | None, list[Tensor]]]:
-        """`sources` in flat pieces of at most ``size`` elements, with the index of the first one of each."""
-        cut = [tensor.detach().reshape(-1) for tensor in self._cut(name)]
-        for start in range(0, cut[0].numel(), size):
-            yield start, *self._read(name, [tensor[start : start + size] for tensor in cut])
-
-    def shape(self, name: str) -> torch.Size:
-        """Of the merged tensor."""
-        return self._cut(name)[0].shape
-
-    def _cut(self, name: str) -> list[Tensor]:
-        """Base, if any, and experts, with the rows that all have."""
-        given = [*([] if self.base is None else [self.base[name]]), *(expert[name] for expert in self.experts)]
-        rows = min(tensor.shape[0] for tensor in given) if given[0].dim() else None
-        return [tensor if rows is None or tensor.shape[0] == rows else tensor[:rows] for tensor in given]
-
-    def _read(self, name: str, cut: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
-        exact = any(tensor.dtype == torch.float64 for tensor in cut)
-        device = self.reference(name).device
-        tensors = []
-        for number, tensor in enumerate(cut):
-            value = tensor.detach().to(device, torch.float64 if exact else torch.float32)
-            if value.isnan().any():
-                raise ValueError(f"{source_name(number, self.base is not None)} holds NaN in {name}")
-            tensors.append(value)
-        return (None, tensors) if self.base is None else (tensors[0], tensors[1:])
-
-
-def source_name(number: int, has_base: bool) -> str:
-    """``the base`` or ``expert i`` for the number-th source."""
-    return "the base" if has_base and number == 0 else f"expert {number - has_base}"
-
-
-def plan_of(experts: Sequence[StateDict], base: StateDict | None, matching: Matching) -> Plan:
-    """Compare the models, without reading a value of what is merged.
-
-    Raises:
-        ValueError: with all names that some lack, shapes that differ, and integer entries that disagree.
+    A subclass says in `merge_pieces` what becomes of one tensor.
     """
-    models = [*([] if base is None else [base]), *experts]
-    names: dict[str, None] = {name: None for model in models for name in model}
-    problems, order, merged, copied, tied = [], [], set(), {}, {}
-    seen: dict[tuple[int, int, tuple[int, ...], tuple[int, ...]], str] = {}
-    for name in names:
-        holders = [number for number, model in enumerate(models) if name in model]
-        if len(holders) < len(models) and matching.strict:
-            lacking = next(n for n in range(len(models)) if n not in holders)
-            problems.append(f"{name}: not in {source_name(lacking, base is not None)}")
-            continue
-        order.append(name)
-        tensors = [models[number][name] for number in holders]
-        first = tensors[0]
-        if len(holders) < len(models):
-            copied[name] = first
-            continue
-        place = (first.data_ptr(), first.storage_offset(), tuple(first.shape), tuple(first.stride()))
-        if first.numel() and place in seen:
-            tied[name] = seen[place]
-            continue
-        seen[place] = name
-        problems += shape_problems(name, tensors, matching.rows)
-        if first.is_floating_point():
-            merged.add(name)
-            continue
-        chosen = first if matching.donor is None else experts[matching.donor][name]
-        if matching.donor is None and not all(torch.equal(first, other) for other in tensors):
-            problems.append(f"{name}: {str(first.dtype).removeprefix('torch.')} entries differ; name a donor")
-        copied[name] = chosen
-    if problems:
-        more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        listed = "\n  ".join(problems[:LISTED])
-        raise ValueError(f"the models do not fit together in {len(problems)} entries:\n  {listed}{more}")
-    return Plan(tuple(order), frozenset(merged), copied, tied, experts, base)
+
+    piecewise = True
+
+    @abstractmethod
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """One merged tensor as flat pieces in order, of any length."""
+
+    def merge_tensor(
+        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        """The pieces put together."""
+        given = [*([] if base is None else [base]), *experts]
+        return whole_of(self.merge_pieces(Operands(name, given, base is not None), weights), given[0])
 
 
-def shape_problems(name: str, tensors: Sequence[Tensor], rows: str) -> list[str]:
-    """One text where shapes differ in more than the number of rows, or in that where it is an error."""
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    alike = len(set(shapes)) == 1
-    same_columns = len({(len(shape), shape[1:]) for shape in shapes}) == 1 and len(shapes[0]) > 0
-    if alike or (rows == "common" and same_columns and tensors[0].is_floating_point()):
-        return []
-    hint = '; rows="common" merges the rows that all have' if same_columns else ""
-    return [f"{name}: shapes {', '.join(map(str, dict.fromkeys(shapes)))}{hint}"]
+class Elementwise(Piecewise):
+    """A merger whose `merge_tensor` does the same with every entry, so that it may be given flat pieces."""
+
+    @abstractmethod
+    def merge_tensor(
+        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
+    ) -> Tensor:
+        """See `Merger.merge_tensor`; also of flat pieces of a tensor."""
+
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """`merge_tensor` of piece after piece."""
+        for _, base, experts in operands.pieces():
+            yield self.merge_tensor(operands.name, base, experts, weights)
+
+
+def survey(
+    merger: Merger,
+    plan: Plan,
+    threads: int = 1,
+    ranks: Ranks = ALONE,
+    size: int = PIECE,
+    seen: Seen | None = None,
+) -> None:
+    """Make the merger's passes over the models, each tensor on one thread of one rank; every rank knows the outcome.
+
+    Args:
+        merger: what is asked.
+        plan: the models.
+        threads: tensors at a time.
+        ranks: who shares the work; all of them call this.
+        size: entries of a piece.
+        seen: called with the name of the pass and the number of entries whenever a tensor has been seen.
+    """
+    merger.stage = merger.begin(plan) or ""
+    sizes = {name: count for name, count in plan.sizes.items() if not STATISTIC.search(name)}
+
+    def look(name: str) -> Any:
+        operands = plan.operands(name, size)
+        parts = ((b, e) for _, b, e in operands.pieces()) if merger.piecewise else iter([operands.whole()])
+        summary = fold(merger, (merger.scan(name, base, experts) for base, experts in parts))
+        if seen is not None:
+            seen(merger.stage, sizes[name])
+        return summary
+
+    while merger.stage and sizes:
+        with ThreadPoolExecutor(threads) as pool:
+            summaries = ranks.together(lambda: fold(merger, pool.map(look, ranks.share(sizes))))
+        merger.stage = merger.settle(fold(merger, iter(summaries))) or ""
+
+
+def fold(merger: Merger, summaries: Iterator[Any]) -> Any:
+    """All of them combined; None where there is none."""
+    total = None
+    for summary in summaries:
+        if summary is not None:
+            total = summary if total is None else merger.combine(total, summary)
+    return total
+
+
+def whole_of(pieces: Iterator[Tensor], like: Tensor) -> Tensor:
+    """Flat pieces in order as one tensor of the shape, type and device of ``like``."""
+    out, done = torch.empty(like.shape, dtype=like.dtype, device=like.device), 0
+    flat = out.view(-1)
+    for piece in pieces:
+        flat[done : done + piece.numel()] = piece
+        done += piece.numel()
+    if done != flat.numel():
+        raise ValueError(f"{done} of {flat.numel()} entries were merged")
+    return out
 
 
 def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -253,8 +245,3 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for tensor, weight in zip(tensors[1:], weights[1:]):
         out.add_(tensor, alpha=weight / total)
     return out
-
-
-def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
-    """tau_i = theta_i - theta_0. Holds T tensors."""
-    return [expert - base for expert in experts]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
 
 from torch import Tensor
 
-from fulgurite.methods.merging.base import LISTED, Merger, StateDict
+from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.plan import LISTED, Plan
 
 
 class DataDrivenMerger(Merger):
@@ -30,16 +31,16 @@ class DataDrivenMerger(Merger):
     def parameter_of(self, key: str) -> str:
         """Name of the parameter that an entry of a statistic is about."""
 
-    def begin(self, num_experts: int) -> None:
-        """Check that there is one statistic per expert, with the same names.
+    def begin(self, plan: Plan) -> str | None:
+        """Check that there is one statistic per expert, with the same names, about tensors of the models.
 
         Raises:
             ValueError: there is not.
         """
-        super().begin(num_experts)
-        if len(self.statistics) != num_experts:
+        super().begin(plan)
+        if len(self.statistics) != plan.num_experts:
             raise ValueError(
-                f"{type(self).__name__} has statistics of {len(self.statistics)} models for {num_experts} experts: "
+                f"{type(self).__name__} has statistics of {len(self.statistics)} models for {plan.num_experts} experts: "
                 "give one per expert, in their order, to use()"
             )
         first = set(self.statistics[0])
@@ -47,20 +48,8 @@ class DataDrivenMerger(Merger):
             if first ^ set(other):
                 unlike = sorted(first ^ set(other))[:LISTED]
                 raise ValueError(f"the statistics of expert 0 and expert {number} name different tensors: {unlike}")
-
-    def check_names(self, names: Collection[str]) -> None:
-        """Compare the statistics with the names of the models' tensors.
-
-        Raises:
-            ValueError: a statistic is of a tensor that the models do not have; it would be averaged unseen.
-        """
-        known = set(names)
-        strange = sorted({key for each in self.statistics for key in each if self.parameter_of(key) not in known})
+        known = set(plan.order)
+        strange = sorted({key for key in first if self.parameter_of(key) not in known})
         if strange:
             raise ValueError(f"{len(strange)} statistics are of tensors that the models lack: {strange[:LISTED]}")
-
-    def __call__(self, experts: Sequence[StateDict], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As `Merger`, once the statistics fit the experts' names."""
-        if experts:
-            self.check_names(set().union(*experts))
-        return super().__call__(experts, *args, **kwargs)
+        return None

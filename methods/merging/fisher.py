@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fulgurite.methods.merging.base import average
 from fulgurite.methods.merging.data_driven import DataDrivenMerger
+from fulgurite.methods.merging.plan import Plan
 
 
 class Fisher(DataDrivenMerger):
@@ -38,10 +39,11 @@ class Fisher(DataDrivenMerger):
         """A Fisher has the name of its parameter."""
         return key
 
-    def begin(self, num_experts: int) -> None:
+    def begin(self, plan: Plan) -> str | None:
         """Measure the norm of each Fisher: one pass over them."""
-        super().begin(num_experts)
+        super().begin(plan)
         self.scanned["norms"] = [fisher_norm(each) if self.normalize else 1.0 for each in self.statistics]
+        return None
 
     def merge_tensor(
         self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]

@@ -14,13 +14,14 @@ All of it stays in the span of the models, so that T numbers are iterated and no
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fulgurite.methods.merging.multislerp import Spherical, directions
-from fulgurite.methods.merging.slerp import TINY, combine, gram
+from fulgurite.methods.merging.plan import Operands
+from fulgurite.methods.merging.slerp import TINY, combine_pieces, copied, total_gram
 
 
 def karcher_factors(products: Tensor, shares: Tensor, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
@@ -59,13 +60,11 @@ class Karcher(Spherical):
     def __init__(self, max_iter: int = 10, tol: float = 1e-5) -> None:
         self.max_iter, self.tol = max_iter, tol
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """The mean direction at the mean length; one running sum."""
-        if len(experts) == 1:
-            return experts[0].clone()
-        flat = [expert.reshape(1, -1) for expert in experts]
-        products = gram(flat)[0]
-        factors = karcher_factors(products, products.new_tensor(weights), self.max_iter, self.tol)
-        return combine(factors[None], flat).view(experts[0].shape)
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """The mean direction at the mean length."""
+        if len(weights) == 1:
+            yield from copied(operands, 0)
+        elif operands.num_entries:
+            products = total_gram(operands, False)[0]
+            factors = karcher_factors(products, products.new_tensor(weights), self.max_iter, self.tol)
+            yield from combine_pieces(operands, factors[None], False)

@@ -10,12 +10,14 @@ between its points, which are evenly spaced. Weights 0 and 1 swap layers (layer 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.plan import Operands, Plan
 
 # The first number that is a part of its own: `blocks` and 3 of blocks.3.mlp.experts.0.weight.
 LAYER = re.compile(r"^(?P<stack>.*?)(?:^|\.)(?P<number>\d+)(?:\.|$)")
@@ -50,13 +52,11 @@ class Layerwise(Merger):
         ValueError: a pattern that is no regular expression, a gradient without a value.
     """
 
-    scans = True  # A depth, and that no pattern misses, can be known only after all names.
-
     def __init__(self, merger: Merger, rules: list[tuple[str, list[Weight]]]) -> None:
         self.merger = merger
         self.rules = [(compiled(pattern), list(weights)) for pattern, weights in rules]
         self.needs_base, self.min_experts = merger.needs_base, merger.min_experts
-        self.elementwise = merger.elementwise
+        self.piecewise = merger.piecewise
         for pattern, weights in self.rules:
             if [] in weights:
                 raise ValueError(f"the rule {pattern.pattern!r} has a gradient over depth without a value")
@@ -75,37 +75,43 @@ class Layerwise(Merger):
                 self.merger.check(num_experts, has_base, [at_depth(weight, depth) for weight in own])
         return checked
 
-    def begin(self, num_experts: int) -> None:
-        """Forget an earlier merge."""
-        self.merger.begin(num_experts)
-        self.scanned = {"names": [], "of_merger": self.merger.scanned}
+    def begin(self, plan: Plan) -> str | None:
+        """Forget an earlier merge, and find the weights of every tensor.
 
-    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> None:
-        """Note the name, and let the wrapped merger see the tensor if it wants to."""
-        self.scanned["names"].append(name)
-        if self.merger.scans:
-            self.merger.scan(name, base, experts)
+        Raises:
+            LookupError: a rule is about no tensor of the model.
+        """
+        self.scanned = {"table": table(self.rules, list(plan.sizes))}
+        return self.merger.begin(plan)
 
-    def merge_one(self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> Any:
+        """As the wrapped merger's."""
+        self.merger.stage = self.stage
+        return self.merger.scan(name, base, experts)
+
+    def combine(self, summary: Any, other: Any) -> Any:
+        """As the wrapped merger's."""
+        return self.merger.combine(summary, other)
+
+    def settle(self, summary: Any) -> str | None:
+        """As the wrapped merger's."""
+        self.merger.stage = self.stage
+        return self.merger.settle(summary)
+
+    def merge_one(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
         """The wrapped merger's tensor at the weights of its name."""
-        return self.merger.merge_one(name, base, experts, self.weights_of(name, len(experts), base, weights))
+        return self.merger.merge_one(operands, self.weights_of(operands.name, weights))
 
     def merge_tensor(
         self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
     ) -> Tensor:
         """See `merge_one`."""
-        return self.merger.merge_tensor(name, base, experts, self.weights_of(name, len(experts), base, weights))
+        return self.merger.merge_tensor(name, base, experts, self.weights_of(name, weights))
 
-    def weights_of(self, name: str, num: int, base: Tensor | None, default: Sequence[float]) -> Sequence[float]:
-        """The weights of one tensor.
-
-        Raises:
-            LookupError: the first time in a merge, if a rule is about no tensor of the model.
-        """
-        if "table" not in self.scanned:
-            self.scanned["table"] = table(self.rules, self.scanned["names"])
+    def weights_of(self, name: str, default: Sequence[float]) -> Sequence[float]:
+        """The weights of one tensor."""
         own = self.scanned["table"].get(name)
-        return default if own is None else self.merger.check(num, base is not None, own)
+        return default if own is None else self.merger.check(len(own), True, own)
 
 
 def compiled(pattern: str) -> re.Pattern[str]:

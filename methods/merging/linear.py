@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fulgurite.methods.merging.base import Merger, average
+from fulgurite.methods.merging.base import Elementwise, average
 
 
-class Average(Merger):
+class Average(Elementwise):
     """The weighted mean of the experts; the base counts only if it is listed among them.
 
     Args:
@@ -24,7 +24,6 @@ class Average(Merger):
     """
 
     needs_base: ClassVar[bool] = False
-    elementwise: ClassVar[bool] = True
 
     def __init__(self, normalize: bool = True) -> None:
         self.normalize = normalize
@@ -38,15 +37,13 @@ class Average(Merger):
         return weighted_sum(experts, weights)
 
 
-class TaskArithmetic(Merger):
+class TaskArithmetic(Elementwise):
     """The base plus a multiple of the weighted sum of task vectors.
 
     Args:
         lam: the multiple; 0.3 is the published choice for eight tasks, 1 that of mergekit.
         normalize: divide the sum by the sum of the weights (by 1 where that is below 1e-8).
     """
-
-    elementwise: ClassVar[bool] = True
 
     def __init__(self, lam: float = 0.3, normalize: bool = False) -> None:
         self.lam, self.normalize = lam, normalize

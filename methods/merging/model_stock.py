@@ -9,14 +9,15 @@ per tensor, or per filter. Two models that agree in nothing (c = 0) give the bas
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import Merger
-from fulgurite.methods.merging.slerp import combine, gram
+from fulgurite.methods.merging.base import Piecewise
+from fulgurite.methods.merging.plan import Operands
+from fulgurite.methods.merging.slerp import combine, combine_pieces, gram, total_gram
 
 
 def mean_cosine(products: Tensor, mean: Literal["cosine", "angle"] = "cosine") -> Tensor:
@@ -42,7 +43,7 @@ def ratio(cosine: Tensor, num: int, clamp: bool = True) -> Tensor:
     return torch.where(cosine > 0, t, 0.0).clamp(0, 1) if clamp else t
 
 
-class ModelStock(Merger):
+class ModelStock(Piecewise):
     """Model Stock of at least two models.
 
     Args:
@@ -73,12 +74,18 @@ class ModelStock(Merger):
             raise ValueError(f"ModelStock takes the plain mean of its models; leave out the weights {weights}")
         return weights
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """t mean_i theta_i + (1 - t) theta_0; one running sum."""
-        num, shape = len(experts), experts[0].shape
-        rows = shape[0] if self.scope == "filter" and len(shape) > 1 else 1
-        flat, origin = [expert.reshape(rows, -1) for expert in experts], base.reshape(rows, -1)
-        t = ratio(mean_cosine(gram(flat, origin), self.mean), num, self.clamp)
-        return combine((t / num).unsqueeze(1).expand(rows, num), flat, origin).view(shape)
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """t mean_i theta_i + (1 - t) theta_0."""
+        num, shape = len(weights), operands.shape
+        if operands.num_entries == 0:
+            return
+        if self.scope == "tensor" or len(shape) < 2:
+            yield from combine_pieces(operands, self.factors(total_gram(operands, True), num), True)
+            return
+        for base, experts in operands.rows(operands.num_entries // shape[0]):
+            yield combine(self.factors(gram(experts, base), num), experts, base).flatten()
+
+    def factors(self, products: Tensor, num: int) -> Tensor:
+        """(R, T) factors of task vectors with inner products (R, T, T)."""
+        t = ratio(mean_cosine(products, self.mean), num, self.clamp)
+        return (t / num).unsqueeze(1).expand(-1, num)

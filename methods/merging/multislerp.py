@@ -11,17 +11,18 @@ compute. The mean along arcs is another one: see `karcher`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import Merger
-from fulgurite.methods.merging.slerp import TINY, combine, gram
+from fulgurite.methods.merging.base import Piecewise
+from fulgurite.methods.merging.plan import Operands
+from fulgurite.methods.merging.slerp import TINY, combine_pieces, copied, total_gram
 
 
-class Spherical(Merger):
+class Spherical(Piecewise):
     """A merger of any number of models whose weights are shares: they are divided by their sum."""
 
     needs_base: ClassVar[bool] = False
@@ -71,17 +72,14 @@ class MultiSlerp(Spherical):
     def __init__(self, task_vectors: bool = False) -> None:
         self.needs_base = task_vectors
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """The mean direction at the mean length; one running sum."""
-        if len(experts) == 1:
-            return experts[0].clone()
-        flat = [expert.reshape(1, -1) for expert in experts]
-        origin = base.reshape(1, -1) if self.needs_base else None
-        products = gram(flat, origin)[0]
-        try:
-            factors = multislerp_factors(products, products.new_tensor(weights))
-        except ArithmeticError as error:
-            raise ArithmeticError(f"{name}: {error}") from error
-        return combine(factors[None], flat, origin).view(experts[0].shape)
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """The mean direction at the mean length."""
+        if len(weights) == 1:
+            yield from copied(operands, 0)
+        elif operands.num_entries:
+            products = total_gram(operands, self.needs_base)[0]
+            try:
+                factors = multislerp_factors(products, products.new_tensor(weights))
+            except ArithmeticError as error:
+                raise ArithmeticError(f"{operands.name}: {error}") from error
+            yield from combine_pieces(operands, factors[None], self.needs_base)

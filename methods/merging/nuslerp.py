@@ -7,12 +7,23 @@ as in arcee-ai/mergekit; only vectors on one line to the precision of float32 ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.slerp import TwoModels, combine, gram, share_of_second, slerp_factors
+from fulgurite.methods.merging.plan import Operands
+from fulgurite.methods.merging.slerp import (
+    TwoModels,
+    combine,
+    combine_pieces,
+    copied,
+    gram,
+    share_of_second,
+    slerp_factors,
+    total_gram,
+)
 
 COLLINEAR = 1 - 5e-13  # |c| at an angle of 1e-6, which is what rounding to float32 makes of none
 
@@ -34,22 +45,30 @@ class NuSlerp(TwoModels):
         super().__init__(t)
         self.flatten, self.dim, self.needs_base = flatten, dim, task_vectors
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """The point at ``t`` of each arc; one running sum, and copies of the models where ``dim`` is 0."""
-        t = share_of_second(weights)
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """The point at ``t`` of each arc. Where ``dim`` is 0, also 2 numbers for every entry of a row."""
+        t, taus, shape = share_of_second(weights), self.needs_base, operands.shape
         if t in (0, 1):
-            return experts[int(t)].clone()
-        vectors = [self.vectors(expert) for expert in experts]
-        origin = self.vectors(base) if self.needs_base else None
-        merged = combine(slerp_factors(gram(vectors, origin), t, COLLINEAR), vectors, origin)
-        if self.flatten or self.dim == -1 or experts[0].dim() < 2:
-            return merged.view(experts[0].shape)
-        return merged.T.reshape(experts[0].shape)
+            yield from copied(operands, int(t))
+        elif operands.num_entries == 0:
+            return
+        elif self.flatten or len(shape) < 2:
+            factors = slerp_factors(total_gram(operands, taus), t, COLLINEAR)
+            yield from combine_pieces(operands, factors, taus)
+        elif self.dim == -1:
+            for base, experts in operands.rows(shape[-1]):
+                origin = base if taus else None
+                factors = slerp_factors(gram(experts, origin), t, COLLINEAR)
+                yield combine(factors, experts, origin).flatten()
+        else:
+            yield from self.by_column(operands, t)
 
-    def vectors(self, tensor: Tensor) -> Tensor:
-        """(R, C)."""
-        if self.flatten or tensor.dim() < 2:
-            return tensor.reshape(1, -1)
-        return tensor.reshape(-1, tensor.shape[-1]) if self.dim == -1 else tensor.reshape(len(tensor), -1).T
+    def by_column(self, operands: Operands, t: float) -> Iterator[Tensor]:
+        """Each column of (out, ..) is a vector."""
+        columns, taus = operands.num_entries // operands.shape[0], self.needs_base
+        total = torch.zeros(())
+        for base, experts in operands.rows(columns):
+            total = gram([e.T for e in experts], base.T if taus else None) + total
+        factors = slerp_factors(total, t, COLLINEAR)
+        for base, experts in operands.rows(columns):
+            yield combine(factors, [e.T for e in experts], base.T if taus else None).T.flatten()

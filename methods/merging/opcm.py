@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import STATISTIC, Merger
+from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.plan import Plan
 
 
 def orthogonal_part(tau: Tensor, merged: Tensor, alpha: float = 0.5) -> Tensor:
@@ -73,8 +74,6 @@ class Opcm(Merger):
         keep: hold the sum of each tensor between the two passes, one more model in memory, instead of a second SVD.
     """
 
-    scans = True
-
     def __init__(
         self, alpha: float = 0.5, exclude: Sequence[str] = (), state: OpcmState | None = None, keep: bool = False
     ) -> None:
@@ -92,22 +91,26 @@ class Opcm(Merger):
             raise ValueError(f"Opcm weighs models by their lengths; leave out the weights {weights}")
         return [float(len(self.before.norms)) if self.before else 1.0, *weights[1:]]
 
-    def begin(self, num_experts: int) -> None:
+    def begin(self, plan: Plan) -> str | None:
         """Forget an earlier merge."""
-        new = num_experts - (self.before is not None)
-        self.scanned: dict[str, Any] = {"squares": [0.0] * new, "merged": 0.0, "sums": {}}
+        self.scanned: dict[str, Any] = {"squares": [], "merged": 0.0, "sums": {}}
+        return "lengths"
 
-    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> None:
-        """Add the tensor to the lengths of all task vectors and of their sum."""
-        if STATISTIC.search(name):
-            return
+    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> dict[str, list[float]]:
+        """Squared lengths of one tensor: of each new task vector, and of their sum."""
         new = experts if self.before is None else experts[1:]
-        for number, expert in enumerate(new):
-            self.scanned["squares"][number] += square(expert - base)
         total = self.total(name, base, experts)
-        self.scanned["merged"] += square(total)
         if self.keep:
             self.scanned["sums"][name] = total
+        return {name: [*(square(expert - base) for expert in new), square(total)]}
+
+    def combine(self, summary: dict[str, list[float]], other: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Those of all tensors."""
+        return summary | other
+
+    def settle(self, summary: dict[str, list[float]]) -> None:
+        """Lengths of the whole model, added in the order of names."""
+        *self.scanned["squares"], self.scanned["merged"] = map(sum, zip(*(summary[name] for name in sorted(summary))))
 
     def total(self, name: str, base: Tensor, experts: Sequence[Tensor]) -> Tensor:
         """N_T of one tensor."""

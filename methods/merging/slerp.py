@@ -13,15 +13,15 @@ R vectors per tensor, C entries of a vector, T models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.base import Piecewise
+from fulgurite.methods.merging.plan import Operands
 
-BLOCK = 1 << 20  # entries of a tensor that are in float64 at a time
 TINY = 1e-8  # a length up to this has no direction
 NEARLY_PARALLEL = 0.9995
 
@@ -34,20 +34,26 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
         base: (R, C).
 
     Returns:
-        (R, T, T) in float64. Holds T + 1 blocks of a million entries.
+        (R, T, T) in float64. Holds T + 1 copies in float64.
     """
-    rows, columns = tensors[0].shape
-    out = torch.zeros(rows, len(tensors), len(tensors), dtype=torch.float64, device=tensors[0].device)
-    width = max(1, min(columns, BLOCK))
-    height = max(1, BLOCK // width)
-    for row in range(0, rows, height):
-        for column in range(0, columns, width):
-            place = (slice(row, row + height), slice(column, column + width))
-            block = torch.stack([tensor[place].double() for tensor in tensors], dim=1)
-            if base is not None:
-                block -= base[place].double().unsqueeze(1)
-            out[place[0]] += block @ block.mT
-    return out
+    block = torch.stack([tensor.double() for tensor in tensors], dim=1)
+    if base is not None:
+        block -= base.double().unsqueeze(1)
+    return block @ block.mT
+
+
+def total_gram(operands: Operands, of_task_vectors: bool) -> Tensor:
+    """(1, T, T) inner products of models, each tensor as one vector."""
+    total = torch.zeros(())
+    for _, base, experts in operands.pieces():
+        total = gram([e[None] for e in experts], base[None] if of_task_vectors else None) + total
+    return total
+
+
+def combine_pieces(operands: Operands, factors: Tensor, of_task_vectors: bool) -> Iterator[Tensor]:
+    """`combine` with the same factors (1, T) all over the tensor."""
+    for _, base, experts in operands.pieces():
+        yield combine(factors, [e[None] for e in experts], base[None] if of_task_vectors else None)[0]
 
 
 def combine(factors: Tensor, tensors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -88,7 +94,7 @@ def share_of_second(weights: Sequence[float]) -> float:
     return 0.5 if abs(total) < 1e-6 else weights[1] / total
 
 
-class TwoModels(Merger):
+class TwoModels(Piecewise):
     """A merger that interpolates between two models, by the share of the second.
 
     Args:
@@ -124,12 +130,16 @@ class Slerp(TwoModels):
         t: share of the second model; None takes it from the weights, a half where they are equal.
     """
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """The point at ``t`` of the arc; one running sum."""
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """The point at ``t`` of the arc."""
         t = share_of_second(weights)
         if t in (0, 1):
-            return experts[int(t)].clone()
-        flat = [expert.reshape(1, -1) for expert in experts]
-        return combine(slerp_factors(gram(flat), t), flat).view(experts[0].shape)
+            yield from copied(operands, int(t))
+        elif operands.num_entries:
+            yield from combine_pieces(operands, slerp_factors(total_gram(operands, False), t), False)
+
+
+def copied(operands: Operands, number: int) -> Iterator[Tensor]:
+    """One expert's tensor."""
+    for _, _, experts in operands.pieces():
+        yield experts[number]

@@ -5,8 +5,7 @@
     merge    tau* = sum_{i: w_i u_i s > 0} w_i u_i / sum_{i: w_i u_i s > 0} |w_i|;  theta* = theta_0 + lam tau*
 
 The paper trims over all parameters of a model at once, which needs passes over it before the merge: two for the
-threshold, one for the sign of most coordinates. Extra memory: a histogram and the entries in one bin of it per model,
-and blocks of 65,536 entries; time: about a read of all models per pass.
+threshold, a third where some but not all entries at the threshold are kept, one for the sign of most coordinates.
 
 Dialects, each with its own defaults, differ from that:
 
@@ -17,29 +16,33 @@ Dialects, each with its own defaults, differ from that:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fulgurite.methods.merging.base import STATISTIC, Piecewise
 from fulgurite.methods.merging.election import Aggregate, Election, merge_elected
+from fulgurite.methods.merging.plan import Operands, Plan
 from fulgurite.methods.merging.selection import (
     EVERYTHING,
     Cut,
-    Difference,
-    Order,
-    Passes,
-    blocks,
-    cut_of,
+    Split,
+    bits_of,
+    cuts_of,
     kept_count,
+    locate,
+    lower_histogram,
     take,
+    upper_histogram,
+    value_of,
 )
 
 Dialect = Literal["none", "official", "mergekit", "peft"]
 
 
-class Ties(Passes):
+class Ties(Piecewise):
     """Trim, elect, merge.
 
     Args:
@@ -80,36 +83,68 @@ class Ties(Passes):
             aggregate=aggregate,
             divisor="count" if dialect == "peft" else "weights",
         )
-        trims, settles = density < 1, not foreign
-        self.scans = 2 * trims + settles if self.scope == "model" else 0
 
-    def see(self, number: int, name: str, base: Tensor, experts: Sequence[Tensor]) -> None:
-        """Threshold in the first two passes where anything is trimmed, signs in the last where ties need them."""
-        vectors = [Difference(expert, base) for expert in experts]
-        stage = number if self.density < 1 else number + 2
-        if stage == 2:
-            votes = self.scanned.setdefault("signs", 0.0)
-            self.scanned["signs"] = votes + self.signs(vectors, self.scanned_cuts(name, len(experts)))
-            return
-        orders = self.scanned.setdefault("orders", [Order() for _ in experts])
-        for order, vector in zip(orders, vectors):
-            for part in blocks(vector.numel()):
-                if stage == 0:
-                    order.count(vector[part].abs())
-                else:
-                    order.refine(name, vector[part].abs())
+    def begin(self, plan: Plan) -> str | None:
+        """Forget an earlier merge; under a threshold over the model, look for it first."""
+        super().begin(plan)
+        sizes = {name: size for name, size in plan.sizes.items() if not STATISTIC.search(name)}
+        self.scanned = {"names": list(sizes), "keep": self.keep(sum(sizes.values())), "signs": 0.0}
+        if self.scope == "tensor":
+            return None
+        if self.density < 1:
+            return "bins"
+        self.scanned |= {"cuts": {name: [EVERYTHING] * plan.num_experts for name in sizes}, "open": {}}
+        return self.after_cuts()
 
-    def seen(self, number: int) -> None:
-        """Turn what the pass has counted into a rank to look for, and that into thresholds."""
-        if self.density == 1 or "orders" not in self.scanned:
-            return
-        orders = self.scanned["orders"]
-        if number == 0:
-            for order in orders:
-                order.locate(self.keep(order.seen))
-        if number == 1:
-            names = list(self.scanned["names"])
-            self.scanned["cuts"] = [order.cuts(names, self.dialect == "official") for order in orders]
+    def after_cuts(self) -> str | None:
+        """The pass that follows once the thresholds are known."""
+        return "signs" if self.election.zero == "majority" else None
+
+    def scan(self, name: str, base: Tensor | None, experts: Sequence[Tensor]) -> Any:
+        """Of a piece: histograms for the thresholds, the number of ties at them, or the balance of signs."""
+        vectors = [expert.sub(base).flatten() for expert in experts]
+        if self.stage == "bins":
+            return [upper_histogram(bits_of(vector)).cpu() for vector in vectors]
+        if self.stage == "values":
+            places = self.scanned["places"]
+            return [lower_histogram(bits_of(vector), upper).cpu() for vector, (upper, _, _) in zip(vectors, places)]
+        if self.stage == "ties":
+            values = self.scanned["split"].values
+            return {name: [int((v.abs().to(torch.float32) == value).sum()) for v, value in zip(vectors, values)]}
+        cuts = self.scanned["open"].setdefault(name, list(self.scanned["cuts"][name]))
+        return self.signs(taken(vectors, cuts))
+
+    def combine(self, summary: Any, other: Any) -> Any:
+        """Sums of counts."""
+        if self.stage in ("bins", "values"):
+            return [own.add_(more) for own, more in zip(summary, other)]
+        if self.stage == "ties":
+            for name, counts in other.items():
+                summary[name] = [a + b for a, b in zip(summary.get(name, [0] * len(counts)), counts)]
+            return summary
+        return summary + other
+
+    def settle(self, summary: Any) -> str | None:
+        """Turn counts into a rank to look for, that into thresholds, and those into cuts of every tensor."""
+        if self.stage == "bins":
+            self.scanned["places"] = [locate(histogram, self.scanned["keep"]) for histogram in summary]
+            return "values"
+        if self.stage == "signs":
+            self.scanned["signs"] = summary
+            return None
+        if self.stage == "values":
+            places = self.scanned["places"]
+            found = [locate(histogram, rank) for histogram, (_, rank, _) in zip(summary, places)]
+            values = [value_of(upper, lower) for (upper, _, _), (lower, _, _) in zip(places, found)]
+            equal = [count for _, _, count in found]
+            ties = equal if self.dialect == "official" else [rank for _, rank, _ in found]
+            self.scanned["split"] = Split(values, ties, equal)
+            if self.scanned["split"].is_open:
+                return "ties"
+        counts = summary if self.stage == "ties" else None
+        self.scanned["cuts"] = self.scanned["split"].cuts(self.scanned["names"], counts)
+        self.scanned["open"] = {}
+        return self.after_cuts()
 
     def keep(self, count: int) -> int:
         """The rank of the threshold among ``count`` magnitudes."""
@@ -117,42 +152,30 @@ class Ties(Passes):
             return min(int(self.density * count) + 1, count)
         return kept_count(self.density, count)
 
-    def scanned_cuts(self, name: str, num_experts: int) -> list[Cut]:
-        """Where to cut this tensor of each expert under a threshold over the model."""
-        return [EVERYTHING] * num_experts if self.density == 1 else [cuts[name] for cuts in self.scanned["cuts"]]
-
-    def signs(self, vectors: Sequence[Difference], cuts: Sequence[Cut]) -> float:
+    def signs(self, deltas: Sequence[Tensor]) -> float:
         """Coordinates that vote plus, less those that vote minus, every expert with weight 1."""
-        cuts, weights, total = list(cuts), [1.0] * len(vectors), 0.0
-        for part in blocks(vectors[0].numel()):
-            total += float(self.election.votes(trimmed(vectors, cuts, part), weights).sign().sum(dtype=torch.float64))
-        return total
+        return float(self.election.votes(deltas, [1.0] * len(deltas)).sign().sum(dtype=torch.float64))
 
-    def merge_tensor(
-        self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
-    ) -> Tensor:
-        """theta_0 + lam tau*, block by block."""
-        own, sources = base.flatten(), [expert.flatten() for expert in experts]
-        vectors = [Difference(source, own) for source in sources]
+    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
+        """theta_0 + lam tau*."""
         if self.scope == "model":
-            collected = self.results()
-            cuts, signs = self.scanned_cuts(name, len(experts)), collected.get("signs", 0.0)
+            cuts, signs = self.scanned["cuts"][operands.name], self.scanned["signs"]
         else:
-            keep = self.keep(own.numel())
-            cuts = [cut_of(vector, keep, self.dialect == "official") for vector in vectors]
-            signs = self.signs(vectors, cuts) if self.election.zero == "majority" else 0.0
-        majority = float((signs > 0) - (signs < 0))
-        out = torch.empty_like(own)
-        for part in blocks(own.numel()):
-            deltas, parts = trimmed(vectors, cuts, part), [source[part] for source in sources]
-            out[part] = merge_elected(own[part], parts, deltas, weights, self.election, self.lam, majority, as_is=True)
-        return out.view_as(base)
+            cuts, signs = cuts_of(operands, self.keep(operands.num_entries), self.dialect == "official"), 0.0
+            if self.election.zero == "majority":
+                left = list(cuts)
+                for _, base, experts in operands.pieces():
+                    signs += self.signs(taken([expert - base for expert in experts], left))
+        majority, left = float((signs > 0) - (signs < 0)), list(cuts)
+        for _, base, experts in operands.pieces():
+            deltas = taken([expert - base for expert in experts], left)
+            yield merge_elected(base, experts, deltas, weights, self.election, self.lam, majority, as_is=True)
 
 
-def trimmed(vectors: Sequence[Difference], cuts: list[Cut], part: slice) -> list[Tensor]:
-    """A block of the sparse task vectors; ``cuts`` is left with the ties that remain for the blocks that follow."""
+def taken(vectors: Sequence[Tensor], cuts: list[Cut]) -> list[Tensor]:
+    """A piece of the sparse task vectors; ``cuts`` is left with the ties that remain for the pieces that follow."""
     out = []
     for number, vector in enumerate(vectors):
-        kept, cuts[number] = take(vector[part], cuts[number])
+        kept, cuts[number] = take(vector, cuts[number])
         out.append(kept)
     return out

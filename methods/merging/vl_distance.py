@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import StateDict
+from fulgurite.methods.merging.plan import StateDict
 from fulgurite.methods.merging.selection import trim
 from fulgurite.methods.merging.vl_merging import Layout
 

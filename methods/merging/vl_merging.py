@@ -22,8 +22,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.base import StateDict, average
+from fulgurite.methods.merging.base import average
 from fulgurite.methods.merging.linear import TaskArithmetic
+from fulgurite.methods.merging.plan import StateDict
 from fulgurite.methods.merging.regmean import fitting_gram, regression_mean
 
 LISTED = 8  # names in a message

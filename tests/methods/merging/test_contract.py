@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulgurite.methods.merging.base import STATISTIC, Matching
+from fulgurite.methods.merging.base import STATISTIC, survey
 from fulgurite.methods.merging.linear import Average
+from fulgurite.methods.merging.plan import Matching, plan_of
 
 HERE = Path(__file__).parent
 
@@ -81,6 +82,18 @@ def test_the_order_of_names_changes_nothing(merger, sources):
     turned = [dict(reversed(model.items())) for model in experts]
     merged, again = merger(experts, base), merger(turned, base and dict(reversed(base.items())))
     assert all(torch.equal(merged[n], again[n]) for n in merged)
+
+
+def test_pieces_and_threads_change_nothing(merger, sources):
+    experts, base = sources
+    whole, plan, parts = merger(experts, base), plan_of(experts, base), []
+    weights = merger.check(len(experts), base is not None, None)
+    for threads in (1, 3):
+        survey(merger, plan, threads, size=7)
+        parts.append({n: torch.cat(list(merger.merge_one(plan.operands(n, 7), weights))) for n in plan.merged})
+    for name, tensor in parts[0].items():
+        assert torch.equal(tensor, parts[1][name])
+        torch.testing.assert_close(tensor.view(whole[name].shape), whole[name], rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_merge_knows_nothing_of_the_first(merger, sources):

@@ -16,19 +16,32 @@ from fulgurite.checkpoints import (
     verify,
 )
 from fulgurite.methods.merging import files
-from fulgurite.methods.merging.base import Matching, Merger
+from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
+from fulgurite.methods.merging.model_stock import ModelStock
+from fulgurite.methods.merging.plan import Matching
+from fulgurite.methods.merging.slerp import Slerp
+from fulgurite.methods.merging.ties import Ties
 
 
 class Whole(Merger):
-    """Not element-wise, and with a first pass: the mean, scaled by the largest entry of all models."""
+    """Takes tensors whole, after a pass: the mean, scaled by the largest entry of all models."""
 
     needs_base = False
-    scans = True
+
+    def begin(self, plan):
+        super().begin(plan)
+        return "largest"
 
     def scan(self, name, base, experts):
-        self.scanned["largest"] = max(self.scanned.get("largest", 0.0), *(float(e.abs().max()) for e in experts))
+        return max(float(expert.abs().max()) for expert in experts)
+
+    def combine(self, summary, other):
+        return max(summary, other)
+
+    def settle(self, summary):
+        self.scanned["largest"] = summary
 
     def merge_tensor(self, name, base, experts, weights):
         return torch.stack(list(experts)).mean(0) / self.scanned["largest"]
@@ -51,13 +64,20 @@ def paths(base, experts, tmp_path):
     return tmp_path / "base.safetensors", [tmp_path / name for name in "abc"]
 
 
-@pytest.mark.parametrize("merger", [Average(), TaskArithmetic(0.4), Whole()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "merger",
+    [Average(), TaskArithmetic(0.4), Ties(0.3), Slerp(), ModelStock(), Whole()],
+    ids=lambda m: type(m).__name__,
+)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, experts, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 7)  # pieces inside tensors, with a rest
+    monkeypatch.setattr(files, "piece_size", lambda *_: 7)  # pieces inside tensors, with a rest
     given = base if merger.needs_base else None
-    expected = merger(experts, given, [1.0, 2.0, 0.5])
-    done = merge_files(paths[1], tmp_path / "out", merger, given and paths[0], [1.0, 2.0, 0.5], threads=threads)
+    number = 2 if isinstance(merger, Slerp) else 3
+    weights = None if isinstance(merger, ModelStock) else [1.0, 2.0, 0.5][:number]
+    expected = merger(experts[:number], given, weights)
+    sources = paths[1][:number]
+    done = merge_files(sources, tmp_path / "out", merger, given and paths[0], weights, threads=threads)
     assert verify(tmp_path / "out").ok
     found = load_tensors(tmp_path / "out")
     assert found.keys() == expected.keys()
@@ -66,8 +86,8 @@ def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, exper
     change = (expected["embed.weight"] - reference["embed.weight"]).norm() / reference["embed.weight"].norm()
     assert done.change["embed.weight"] == pytest.approx(change.item(), rel=1e-4)
     manifest = read_manifest(tmp_path / "out")
-    assert [parent["path"] for parent in manifest.parents][-3:] == [str(p) for p in paths[1]]
-    assert manifest.parents[-3]["digest"] == read_manifest(paths[1][0]).digest
+    assert [parent["path"] for parent in manifest.parents][-number:] == [str(p) for p in sources]
+    assert manifest.parents[-number]["digest"] == read_manifest(paths[1][0]).digest
     assert manifest.settings["merger"] == type(merger).__name__
 
 
@@ -114,11 +134,16 @@ def test_what_is_refused_leaves_nothing(paths, experts, tmp_path):
     before = {p.name for p in tmp_path.iterdir()}
     a = paths[1][0]
     cases = [
-        ([a, tmp_path / "nan.safetensors"], tmp_path / "out", ValueError, "expert 1 holds NaN in scale"),
+        (
+            [a, tmp_path / "nan.safetensors"],
+            tmp_path / "out",
+            ValueError,
+            r"expert 1 \(.*nan.safetensors\) holds NaN in scale",
+        ),
         ([a, tmp_path / "nowhere"], tmp_path / "out", MissingError, "nowhere"),
         ([a, tmp_path / "pickle"], tmp_path / "out", RefusedError, "pickle"),
         ([a, paths[1][1]], tmp_path / "there", RefusedError, "replaces nothing"),
-        ([a, a], tmp_path / "out", RefusedError, "equals expert 0 and expert 1"),
+        ([a, a], tmp_path / "out", RefusedError, r"equals expert 0 \(.*\) and expert 1"),
     ]
     for sources, out, error, said in cases:
         with pytest.raises(error, match=said):
@@ -145,4 +170,4 @@ def test_one_expert_comes_back_and_is_no_mistake(paths, experts, tmp_path):
     done = merge_files(paths[1][:1], tmp_path / "out", Average())
     found = load_tensors(tmp_path / "out")
     assert all(torch.equal(found[n], t) for n, t in experts[0].items())
-    assert done.equal_to == ["expert 0"]
+    assert done.equal_to == [f"expert 0 ({paths[1][0]})"]

@@ -116,7 +116,9 @@ def test_no_dense_matrix_is_made_on_the_way_to_a_rank():
     given = [{"q": Factors(torch.randn(2, wide, generator=generator), torch.eye(wide, 2), 1.0)} for _ in range(2)]
     merged = MergeLoRA("svd")(given)["q"]  # dense it would be 3.6 GB
     assert merged.rank == 2
-    torch.testing.assert_close(merged.up @ (merged.down @ torch.ones(wide)), merged.up @ merged.down.sum(1))
+    torch.testing.assert_close(
+        merged.up @ (merged.down @ torch.ones(wide)), merged.up @ merged.down.sum(1), rtol=1e-5, atol=1e-3
+    )
     torch.testing.assert_close(
         merged.up[:2] @ merged.down, given[0]["q"].down + given[1]["q"].down, rtol=1e-4, atol=1e-4
     )

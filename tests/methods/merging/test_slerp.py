@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from fulgurite.methods.merging import slerp
-from fulgurite.methods.merging.slerp import Slerp, combine, gram
+from fulgurite.methods.merging.plan import Operands
+from fulgurite.methods.merging.slerp import Slerp, combine, gram, total_gram
 
 
 def by_hand(a, b, t):
@@ -65,13 +65,14 @@ def test_the_share_comes_from_t_or_weights_and_reaches_statistics(experts):
         Slerp()(experts)
 
 
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_inner_products_do_not_depend_on_pieces(block, monkeypatch):
-    monkeypatch.setattr(slerp, "BLOCK", block)
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_inner_products_do_not_depend_on_pieces(size):
     x = torch.randn(3, 5, 11, generator=torch.Generator().manual_seed(1))
     origin = x.mean(0)
     expected = torch.einsum("irc,jrc->rij", (x - origin).double(), (x - origin).double())
     torch.testing.assert_close(gram(list(x), origin), expected, rtol=1e-6, atol=1e-6)
+    pieces = total_gram(Operands("x", [origin, *x], True, size=size), True)
+    torch.testing.assert_close(pieces, expected.sum(0, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
 def test_a_sum_of_task_vectors_starts_at_the_base():

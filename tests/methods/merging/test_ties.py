@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from fulgurite.methods.merging.base import Matching
+from fulgurite.methods.merging.base import survey
+from fulgurite.methods.merging.plan import Matching, plan_of
 from fulgurite.methods.merging.ties import Ties
 
 
@@ -77,15 +78,23 @@ def test_the_models_scope_is_one_flat_vector_in_sorted_order(dialect, density):
     torch.testing.assert_close(torch.cat([merged[n] for n in names]), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_large_tensors_go_through_blocks(monkeypatch):
+@pytest.mark.parametrize("dialect", ["none", "official"])
+def test_pieces_threads_and_scopes_change_nothing(dialect):
     generator = torch.Generator().manual_seed(5)
-    taus = torch.randn(3, 300, generator=generator).mul(20).round().double()
-    base = {"x": torch.zeros(300, dtype=torch.float64)}
-    whole = [Ties(0.3, scope=s)([{"x": t} for t in taus], base)["x"] for s in ("tensor", "model")]
-    monkeypatch.setattr("fulgurite.methods.merging.selection.BLOCK", 64)
-    pieces = [Ties(0.3, scope=s)([{"x": t} for t in taus], base)["x"] for s in ("tensor", "model")]
-    assert all(torch.equal(a, b) for a, b in zip(whole, pieces))
-    assert torch.equal(*whole)
+    taus = torch.randn(3, 300, generator=generator).mul(20).round()
+    base = {"x": torch.zeros(300), "y": torch.zeros(40)}
+    experts = [{"x": tau, "y": tau[:40].flip(0)} for tau in taus]
+    merger = Ties(0.3, dialect=dialect)
+    whole = merger(experts, base)
+    plan = plan_of(experts, base)
+    survey(merger, plan, threads=2, size=64)
+    pieces = {name: list(merger.merge_one(plan.operands(name, 64), [1.0] * 3)) for name in base}
+    assert len(pieces["x"]) == 5
+    assert all(torch.equal(torch.cat(pieces[name]), whole[name]) for name in base)
+    alone = [
+        Ties(0.3, scope=s, dialect=dialect)([{"x": t} for t in taus], {"x": base["x"]}) for s in ("tensor", "model")
+    ]
+    assert torch.equal(alone[0]["x"], alone[1]["x"])
 
 
 def test_scaling_all_task_vectors_scales_the_result(base, experts):

@@ -1,0 +1,70 @@
+"""The processes that share a piece of work, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among several that all make the same calls in the same order; alone by default.
+
+    Args:
+        rank: of this process.
+        size: how many there are.
+        group: of `torch.distributed`, the default group where None and ``size`` is above 1.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order of rank, on every rank. A collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def share(self, sizes: Mapping[str, int]) -> list[str]:
+        """The names that are this rank's to work on: largest first, each to the rank with least so far."""
+        loads, own = [0] * self.size, []
+        for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+            least = loads.index(min(loads))
+            loads[least] += sizes[name] + 1
+            if least == self.rank:
+                own.append(name)
+        return own
+
+    def agree(self, work: Callable[[], Any]) -> Any:
+        """Do ``work`` on every rank; where it fails on one, every rank raises. Returns this rank's result.
+
+        Raises:
+            Exception: this rank's own error; of another rank, its text in a RuntimeError.
+        """
+        if self.size == 1:
+            return work()
+        value, error = None, None
+        try:
+            value = work()
+        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as caught:
+            error = caught
+        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = next(((rank, text) for rank, text in enumerate(texts) if text is not None), None)
+        if failed is not None:
+            raise RuntimeError(f"rank {failed[0]} failed: {failed[1]}")
+        return value
+
+    def together(self, work: Callable[[], Any]) -> list[Any]:
+        """`agree` on ``work``, and `gather` what it returns."""
+        return self.gather(self.agree(work))
+
+
+ALONE = Ranks()
