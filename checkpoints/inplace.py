@@ -88,14 +88,18 @@ def records_of(
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """The records of a file that is complete, and of its tensors."""
     _, places, size = file_layout(like)
-    with naming(path), open(path, "rb") as file:
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            records = {}
-            for name, tensor in like.items():
-                with view[places[name] : places[name] + tensor.numel() * tensor.element_size()] as part:
-                    digest = digest_of_bytes(part, algorithm)
-                records[name] = TensorRecord(dtype_name(tensor.dtype), list(tensor.shape), digest)
-            return FileRecord(size, digest_of_bytes(view, algorithm)), records
+    with (
+        naming(path),
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        memoryview(data) as view,
+    ):
+        records = {}
+        for name, tensor in like.items():
+            with view[places[name] : places[name] + tensor.numel() * tensor.element_size()] as part:
+                digest = digest_of_bytes(part, algorithm)
+            records[name] = TensorRecord(dtype_name(tensor.dtype), list(tensor.shape), digest)
+        return FileRecord(size, digest_of_bytes(view, algorithm)), records
 
 
 def write_all(descriptor: int, data: memoryview, offset: int) -> None:

@@ -148,8 +148,8 @@ def merge(experts: Sequence[Path], base: str | None, merger: Any, options: Any) 
 def preview(experts: Sequence[Path], base: str | None, out: Path, merger: Any, options: Any) -> int:
     """Print what a merge would read, hold and write."""
     from fulgurite.checkpoints.sources import open_source
-    from fulgurite.methods.merging.plan import plan_of
     from fulgurite.methods.merging.files import held_bytes
+    from fulgurite.methods.merging.plan import plan_of
 
     merger.check(len(experts), base is not None, options.weights)
     sources = [open_source(path) for path in experts]

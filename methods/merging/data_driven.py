@@ -40,8 +40,8 @@ class DataDrivenMerger(Merger):
         super().begin(plan)
         if len(self.statistics) != plan.num_experts:
             raise ValueError(
-                f"{type(self).__name__} has statistics of {len(self.statistics)} models for {plan.num_experts} experts: "
-                "give one per expert, in their order, to use()"
+                f"{type(self).__name__} has statistics of {len(self.statistics)} models for {plan.num_experts} "
+                "experts: give one per expert, in their order, to use()"
             )
         first = set(self.statistics[0])
         for number, other in enumerate(self.statistics):
