@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "features": ("fulgurite.commands.features", "extract frame features once and store them"),
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
     "merge": ("fulgurite.commands.merge", "make one model of several that lie in files"),
+    "export": ("fulgurite.commands.export", "write a run or artefact as a model of another library"),
     "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, adapters, stores"),
     "inspect": ("fulgurite.commands.inspection", "print what runs and checkpoints hold, and where they came from"),
 }

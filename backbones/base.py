@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fulgurite.backbones.parts import Part
 from fulgurite.methods.structure import ModelSpec
 from fulgurite.samples import Batch, Collator
 
@@ -67,6 +68,10 @@ class FrozenBackbone(nn.Module, ABC):
     def initial_adapters(self) -> Mapping[str, StateDict] | None:
         """Adapters that came with the pretrained weights, by site; None where there are none."""
         return None
+
+    def parts(self) -> tuple[Part, ...]:
+        """Models of other libraries inside this backbone, which can be exported; none unless a subclass says so."""
+        return ()
 
     @property
     @abstractmethod

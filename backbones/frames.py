@@ -8,6 +8,7 @@ Legend: N frames, P = max(grid^2, 1) tokens of a frame, D width, S side of the p
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulgurite.backbones.parts import Part
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_json, digest_of_state
 
@@ -112,6 +114,10 @@ class FrameEncoder(nn.Module, ABC):
                 f"size={self.size}: lower grid or raise size"
             )
 
+    def parts(self, root: str) -> tuple[Part, ...]:
+        """Models of other libraries in this encoder, whose name in its backbone is ``root``; see `Part`."""
+        return ()
+
     def train(self, mode: bool = True) -> FrameEncoder:
         """Always evaluation mode: the encoder is frozen, its statistics too."""
         return super().train(False)
@@ -167,6 +173,10 @@ class TimmFrameEncoder(FrameEncoder):
         self.name = f"{model}-{size}-{grid}x{grid}" if grid else f"{model}-{size}"
         self.transform = FrameTransform(size, tuple(config.mean), tuple(config.std), fit)
         self.freeze()
+
+    def parts(self, root: str) -> tuple[Part, ...]:
+        """The whole model of timm."""
+        return (Part(root, "timm", lambda: copy.deepcopy(self.model), {"": f"{root}.model"}, self.model),)
 
     def feature_map(self, pixels: Tensor) -> Tensor:
         """As in the base; class and register tokens are left out."""

@@ -39,6 +39,7 @@ from fulgurite.backbones.frozenbilm_checkpoint import (
     read_frozenbilm,
     state_mismatches,
 )
+from fulgurite.backbones.parts import Part
 from fulgurite.backbones.prompts import FrozenBiLMCollator
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_state
@@ -291,6 +292,28 @@ class FrozenBiLM(VideoQABackbone):
         else:
             frames = states.new_zeros(states.shape[0], self.feature_dim, dtype=torch.float32)
         return QAOutput(logits, (frames, masked_mean(hidden[self.routing_layer].float(), mask)))
+
+    def parts(self) -> tuple[Part, ...]:
+        """The masked language model as transformers has it, without the mask decoder, and the frame encoder."""
+        language = Part(
+            "text",
+            "hf",
+            self._bare_language_model,
+            {"deberta": "deberta", "lm_predictions": "lm_predictions"},
+            self._vocabulary_logits,
+            self.tokenizer,
+        )
+        frames = () if self.frame_encoder is None else self.frame_encoder.parts("frame_encoder")
+        return (language, *frames)
+
+    def _bare_language_model(self) -> nn.Module:
+        from transformers import DebertaV2Config, DebertaV2ForMaskedLM
+
+        return DebertaV2ForMaskedLM(DebertaV2Config.from_dict({**self.deberta.config.to_dict(), "legacy": False}))
+
+    def _vocabulary_logits(self, **inputs: Tensor) -> dict[str, Tensor]:
+        states, head = self.deberta(**inputs).last_hidden_state, self.lm_predictions["lm_head"]
+        return {"logits": head(states, self.deberta.embeddings.word_embeddings.weight, head.bias)}
 
     @property
     def routing_widths(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fulgurite.backbones.base import QAOutput, VideoQABackbone, masked_mean
 from fulgurite.backbones.frames import FrameEncoder
+from fulgurite.backbones.parts import Part
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_state
 from fulgurite.methods.structure import ModelSpec, Tower
@@ -122,7 +123,7 @@ class PrefixEncoder(VideoQABackbone):
             width = config.hidden_size
             if frame_encoder is not None:
                 self.video_projection = nn.Linear(frame_encoder.width * (2 if use_time else 1), width)
-        self.source, self.sampling = text, FrameSampling("uniform", num_frames)
+        self.source, self.pretrained, self.sampling = text, pretrained, FrameSampling("uniform", num_frames)
         self.max_tokens, self.temperature = max_tokens, temperature
         self.routing_layer, self.use_time = routing_layer, use_time
         self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)
@@ -211,6 +212,30 @@ class PrefixEncoder(VideoQABackbone):
         with torch.no_grad():
             tokens = self.frame_encoder(pixels.flatten(0, 1))  # (B * F, P, N)
         return tokens.unflatten(0, pixels.shape[:2]).flatten(1, 2)
+
+    def parts(self) -> tuple[Part, ...]:
+        """The text encoder and, of timm, the frame encoder.
+
+        The text encoder's pooler, which is no part of the score, is that of its source.
+        """
+        text = Part(
+            "text",
+            "hf",
+            self._bare_text,
+            {"": "text"},
+            self.text,
+            self.tokenizer,
+            self.source if self.pretrained else None,
+        )
+        frames = () if self.frame_encoder is None else self.frame_encoder.parts("frame_encoder")
+        return (text, *frames)
+
+    def _bare_text(self) -> nn.Module:
+        from transformers import AutoModel
+
+        if self.pretrained:
+            return AutoModel.from_pretrained(resolve_source(self.source))
+        return AutoModel.from_config(self.text.config)
 
     @property
     def fingerprint(self) -> str:

@@ -14,6 +14,10 @@ from fulgurite.methods.adapters.mixing import Mixture
 Verb = Literal["transform", "reparametrize", "replace"]
 
 
+class FoldError(ValueError):
+    """No weights of a site compute what it computes with its adapter."""
+
+
 class Adapter(nn.Module, ABC):
     """Trainable tensors of one place (a *site*) of a frozen backbone, and how they change what leaves it.
 
@@ -36,6 +40,13 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """New output of the site from its input ``x`` and its own output ``y``."""
+
+    def folded(self, site: nn.Module) -> dict[str, Tensor]:
+        """Tensors of ``site``, by their names in it, with which it computes alone what it computes with this adapter.
+
+        Only what changes is listed. Raises `FoldError` where no tensors do that, as for a kind that defines none.
+        """
+        raise FoldError(f"{type(self).__name__} cannot be folded into the weights of a {type(site).__name__}")
 
     @classmethod
     def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:

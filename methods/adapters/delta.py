@@ -29,6 +29,11 @@ class Reparametrization(Adapter):
     def weight(self, original: Tensor) -> Tensor:
         """The weight to compute with, from the site's own; both (O, I)."""
 
+    @torch.no_grad()
+    def folded(self, site: nn.Module) -> dict[str, Tensor]:
+        """W'."""
+        return {"weight": self.weight(site.weight)}
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` (..., I) -> (..., O) with the changed weight."""
         (site,) = self._site

@@ -70,6 +70,13 @@ class LoRA(Adapter):
         """``x`` (..., in), ``y`` (..., out) -> (..., out)."""
         return torch.add(y, self.up(self.down(F.dropout(x, self.dropout, self.training))), alpha=self.scale)
 
+    @torch.no_grad()
+    def folded(self, site: nn.Module) -> dict[str, Tensor]:
+        """W + s B A, added up in float32 or better."""
+        kind = torch.promote_types(site.weight.dtype, torch.float32)
+        change = self.up.weight.to(kind) @ self.down.weight.to(kind)
+        return {"weight": torch.add(site.weight.to(kind), change, alpha=self.scale)}
+
     @classmethod
     def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
         """``x`` (B, ..., in), ``y`` (B, ..., out) -> (B, ..., out).

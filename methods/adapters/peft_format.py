@@ -7,7 +7,7 @@ there. Pure functions of dictionaries; files are the caller's.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,11 @@ _PLAIN = {
 
 
 def to_peft(
-    bank: AdapterBank, name: str, base_model: str | None = None, root: str = ""
+    bank: AdapterBank,
+    name: str,
+    base_model: str | None = None,
+    root: str = "",
+    sites: Container[str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """One set as peft's (configuration, tensors); the tensors are those of the set, not copies.
 
@@ -46,11 +50,12 @@ def to_peft(
         name: of the set.
         base_model: what peft records as the model's name or path.
         root: module that peft wraps, e.g. ``"text"`` when sites are ``text.encoder...``; all when empty.
+        sites: only these sites, by their full names; all when None.
 
     Raises:
         ValueError: a kind that peft does not know, a site outside ``root``, or settings that it cannot hold.
     """
-    adapters = dict(_named(bank, name, root))
+    adapters = dict(_named(bank, name, root, sites))
     lora = {site: adapter for site, adapter in adapters.items() if isinstance(adapter, LoRA)}
     if not lora:
         raise ValueError(f"no LoRA adapter in the set {name!r}; peft's layout holds LoRA")
@@ -136,10 +141,14 @@ def _of_site(pattern: Mapping[str, float] | None, site: str, default: float) -> 
     return default
 
 
-def _named(bank: AdapterBank, name: str, root: str) -> Iterator[tuple[str, Adapter]]:
-    """(site relative to ``root``, adapter) for all sites of a set."""
+def _named(
+    bank: AdapterBank, name: str, root: str, sites: Container[str] | None = None
+) -> Iterator[tuple[str, Adapter]]:
+    """(site relative to ``root``, adapter) for all sites of a set, or for some."""
     prefix = f"{root}." if root else ""
     for site, adapter in bank.adapters_of(name).items():
+        if sites is not None and site not in sites:
+            continue
         if not site.startswith(prefix):
             raise ValueError(f"the site {site!r} lies outside root={root!r}")
         if not isinstance(adapter, (LoRA, Replace)):

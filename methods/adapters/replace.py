@@ -43,6 +43,10 @@ class Replace(Adapter):
         for own, pretrained in zip(self.module.parameters(), self._site[0].parameters(), strict=True):
             own.copy_(pretrained)
 
+    def folded(self, site: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the copy."""
+        return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """What the copy makes of the site's input ``x``."""
         return self.module(x)

@@ -1,0 +1,93 @@
+"""A written folder, loaded in a fresh process by its library and compared with the model that it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from fulgurite.backbones import reload
+from fulgurite.backbones.reload import Comparison
+from fulgurite.checkpoints import MismatchError
+
+TOLERANCE = 1e-4  # relative; float32 kernels of another process round alike up to a few 1e-6
+TIMEOUT_S = 1800
+
+
+def compare_fresh(
+    library: str,
+    folder: Path,
+    inputs: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    model_class: str = "",
+    base: str = "",
+) -> Comparison:
+    """What a new process finds that loads ``folder`` with ``library``, on the CPU and without network.
+
+    Args:
+        library: ``hf``, ``timm``, ``open_clip`` or ``peft``.
+        folder: complete but for its manifest.
+        inputs: of a forward pass, see `reload.outputs`.
+        expected: its outputs.
+        model_class: of transformers.
+        base: model under peft's adapters.
+
+    Raises:
+        MismatchError: the library cannot load the folder; the text ends with what it says.
+    """
+    request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
+    tensors = {f"input.{n}": t.contiguous() for n, t in inputs.items()}
+    tensors |= {f"output.{n}": t.contiguous() for n, t in expected.items()}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", reload.__file__, json.dumps(request)],
+            input=save(tensors),
+            capture_output=True,
+            env={**os.environ, **offline},
+            timeout=TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise MismatchError(f"{library} did not load {folder} within {TIMEOUT_S} s in a fresh process") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()[-1000:]
+        raise MismatchError(f"{library} cannot load what was written, exit code {done.returncode}: {said}")
+    return Comparison(**json.loads(done.stdout.decode().strip().splitlines()[-1]))
+
+
+def require_same(
+    found: Comparison, tokens: Sequence[int] | None, tied: Sequence[Sequence[str]], tolerance: float = TOLERANCE
+) -> None:
+    """Raise `MismatchError` with all that differs from the live model.
+
+    Args:
+        found: by the fresh process.
+        tokens: ids of `reload.TEXT` by the model's tokenizer; None where it is not compared.
+        tied: groups of names that are one tensor in the live model.
+        tolerance: of each output, relative.
+    """
+    lines = [f"{name}: the files lack it" for name in found.missing]
+    lines += [f"{name}: the model has no use for it" for name in found.unexpected]
+    lines += [
+        f"output {name}: differs by {error:.2e} of its norm, allowed is {tolerance:.0e}"
+        for name, error in found.errors.items()
+        if not error <= tolerance
+    ]
+    if not found.errors:
+        lines.append("there was no output to compare")
+    if tokens is not None and found.tokens != list(tokens):
+        lines.append(f"tokenizer: {found.tokens} for {reload.TEXT!r}, expected {list(tokens)}")
+    if found.tied != [list(names) for names in tied]:
+        lines.append(f"tied tensors: {found.tied[:3]}, expected {list(tied)[:3]}")
+    if lines:
+        shown = "\n  ".join(lines[:20])
+        raise MismatchError(
+            f"what was written is not the model, {len(lines)} differences in a fresh process; nothing was kept:\n"
+            f"  {shown}"
+        )

@@ -1,0 +1,154 @@
+"""A model folder loaded by the library that it is for, and what the model makes of given inputs.
+
+Run as a script, in a process that has seen nothing of this package, it loads a folder and compares:
+
+    python -P reload.py '{"library": "hf", "folder": ..., ...}' < tensors
+
+The tensors are safetensors of ``input.<name>`` and ``output.<name>``; the last line of its output is JSON, the fields
+of `Comparison`. The process that exports imports `outputs` from here, so that both call a model alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TEXT = "two dogs run over the green grass"  # what tokenizers are compared on
+
+
+@dataclass
+class Comparison:
+    """What a fresh process found.
+
+    Args:
+        missing: names that the model has and the files have not.
+        unexpected: names that the files have and the model has not.
+        errors: by output, the norm of the difference over the norm of what was expected.
+        tokens: ids of `TEXT` by the folder's tokenizer, None without one.
+        tied: groups of names that are one tensor.
+        versions: of the libraries.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    tokens: list[int] | None = None
+    tied: list[list[str]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def outputs(library: str, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All floating tensors that a forward pass gives, by name, as float32.
+
+    Args:
+        library: ``hf``, ``timm``, ``open_clip`` or ``peft``.
+        model: one of its models, or a function that is called as one.
+        inputs: by the name of the argument; timm's are ``pixels``, open_clip's ``image`` and ``text``.
+    """
+    if library == "timm":
+        return {"output": model(inputs["pixels"]).float()}
+    if library == "open_clip":
+        found = model(inputs["image"], inputs["text"])
+        named = found if isinstance(found, dict) else dict(zip(("image_features", "text_features"), found))
+    else:
+        found = model(**inputs)
+        named = dict(found.items()) if hasattr(found, "items") else {"output": found}
+    floats = {n: t for n, t in named.items() if isinstance(t, Tensor) and t.is_floating_point() and n != "loss"}
+    return {name: tensor.float().contiguous() for name, tensor in floats.items()}
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of ``expected``; infinite where shapes differ or a value is not finite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-12)
+    return float(error) if error.isfinite() else float("inf")
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Groups of parameter names that are one tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return sorted(sorted(names) for names in groups.values() if len(names) > 1)
+
+
+def load(library: str, folder: str, model_class: str = "", base: str = "") -> tuple[nn.Module, list[str], list[str]]:
+    """The model of a folder in float32 and evaluation mode, the names that it lacks, and those that it has no use for.
+
+    Args:
+        library: what loads it.
+        folder: what was exported.
+        model_class: of transformers.
+        base: model that peft's adapters stand on.
+    """
+    if library == "timm":
+        import timm
+
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).float().eval(), [], []
+    if library == "open_clip":
+        import open_clip
+
+        return open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).float().eval(), [], []
+    import transformers
+
+    cls = getattr(transformers, model_class)
+    model, info = cls.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if library == "peft":
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
+
+        model = PeftModel.from_pretrained(model, folder)
+        with safe_open(os.path.join(folder, "adapter_model.safetensors"), "pt") as file:
+            stored, own = set(file.keys()), set(get_peft_model_state_dict(model))
+        missing, unexpected = sorted(own - stored), sorted(stored - own)
+    return model.float().eval(), missing, unexpected
+
+
+def tokens_of(folder: str) -> list[int] | None:
+    """Ids of `TEXT` by the tokenizer of a folder; None where it has none."""
+    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
+
+
+def compare(request: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Comparison:
+    """Load a folder and compare its model with what was expected.
+
+    Args:
+        request: ``library``, ``folder``, ``model_class`` and ``base``, the arguments of `load`.
+        tensors: ``input.<name>`` and ``output.<name>``.
+    """
+    library, folder = request["library"], request["folder"]
+    model, missing, unexpected = load(library, folder, request["model_class"], request["base"])
+    inputs = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
+    expected = {n.removeprefix("output."): t for n, t in tensors.items() if n.startswith("output.")}
+    found, nothing = outputs(library, model, inputs), torch.zeros(0)
+    done = Comparison(missing, unexpected, tied=tied_names(model), tokens=tokens_of(folder))
+    done.errors = {name: relative_error(found.get(name, nothing), tensor) for name, tensor in expected.items()}
+    used = {"hf": ("transformers",), "peft": ("transformers", "peft")}.get(library, (library,))
+    done.versions = {name: str(sys.modules[name].__version__) for name in ("torch", *used)}
+    return done
+
+
+def main() -> None:
+    """See the module's docstring."""
+    from safetensors.torch import load as load_bytes
+
+    done = compare(json.loads(sys.argv[1]), load_bytes(sys.stdin.buffer.read()))
+    print("\n" + json.dumps(asdict(done)))
+
+
+if __name__ == "__main__":
+    main()
