@@ -80,7 +80,7 @@ class PublishedCheckpoint(ModelCheckpoint):
             # A run that repeats a step after a crash replaces that step's folder by an equal one.
             enable_version_counter=False,
         )
-        self._keep = save_top_k
+        self.keep = save_top_k
         self._own: list[str] = []
         self._hooks: list[PublishedHook] = []
         self._published_step: int | None = None
@@ -153,12 +153,12 @@ class PublishedCheckpoint(ModelCheckpoint):
             self.publish_now(trainer)
 
     def _retain(self, trainer: pl.Trainer) -> None:
-        if self._keep < 1 or len(self._own) <= 1:
+        if self.keep < 1 or len(self._own) <= 1:
             return
         gone: list[str] = []
         if trainer.is_global_zero:
-            best = self._keep if self.monitor is not None else 0
-            last = 1 if self.monitor is not None else self._keep
+            best = self.keep if self.monitor is not None else 0
+            last = 1 if self.monitor is not None else self.keep
             deleted = retain(self.dirpath, last, best, self.monitor, self.mode, self._own)
             gone = [str(path) for path in deleted]
         gone = trainer.strategy.broadcast(gone)

@@ -13,14 +13,13 @@ from lightning.pytorch import strategies
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO, manifest_fields, stored_form
 from fulgurite.callbacks.shard_writer import write_shards
-from fulgurite.checkpoints import MismatchError
 from fulgurite.checkpoints.shards import Stored
-from fulgurite.modules.sharding import reshard
+from fulgurite.modules.sharding import distribute, reshard
 
 
 class ModelParallelStrategy(strategies.ModelParallelStrategy):
@@ -144,23 +143,3 @@ def gather(value: Any, keep: bool) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(gather(item, keep) for item in value)
     return value
-
-
-@torch.no_grad()
-def distribute(value: Any, target: Tensor | None, name: str) -> Any:
-    """``value`` cut as ``target`` is, or as it is where ``target`` is whole.
-
-    No communication: every rank has the whole ``value``.
-    Raises `MismatchError` if the shapes differ.
-    """
-    if isinstance(value, Stored):
-        value = value.load()
-    if not isinstance(target, DTensor):
-        return value
-    if value.shape != target.shape:
-        raise MismatchError(
-            f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in this run; "
-            f"load it with the settings that it was saved with"
-        )
-    local = value.to(target.device_mesh.device_type)
-    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -220,7 +221,9 @@ class TrainCLI(LightningCLI):
         """
         # Not needed to parse or to show the help.
         from fulgurite.callbacks.adapter_files import AdapterFolders
+        from fulgurite.callbacks.boundary import Boundary
         from fulgurite.callbacks.report import Report
+        from fulgurite.commands.loading import load
 
         first: list[Callback] = [RandomStates(), AccumulatedGradients(), Interruption()]
         last = [Report(self.config.experiment)] if self.invocation.command != "predict" else []
@@ -236,9 +239,11 @@ class TrainCLI(LightningCLI):
             rank_zero_info(f"--non_finite {self.config.non_finite}: not used, trainer.callbacks has a FiniteCheck")
         first, last = ([own for own in some if not theirs[type(own)]] for some in (first, last))
         callbacks = [*first, *users, *last]
-        for agree in callbacks:
-            if isinstance(agree, RanksAgree):
-                agree.config = self.written()
+        for callback in callbacks:
+            if isinstance(callback, RanksAgree):
+                callback.config = self.written()
+            if isinstance(callback, Boundary):
+                callback.builder = functools.partial(load, allow=self.invocation.allow)
         if self.config.init_from is not None and self.plan.checkpoint is None and self.invocation.command == "fit":
             callbacks.append(InitialWeights(checkpoint_at(self.config.init_from, "--init_from")))
         return callbacks

@@ -267,6 +267,22 @@ class FulguriteDataModule(LightningDataModule, ABC):
         """A loader over ``samples`` for this process, with the collator and batch size of ``split``."""
         return ResumableLoader(**self._parts(split, samples), name=name or split)
 
+    def within_fit(self, split: Literal["val", "test"]) -> ResumableLoader:
+        """A new loader over all samples of ``split``, with a generator of its own, whatever the fit has reached.
+
+        The first call for ``test`` reads and checks its samples as `setup` would. All ranks must call it.
+
+        Raises:
+            DataError: there are none, or they cannot be used.
+        """
+        if split == "test" and split not in self._collators:
+            collator = self._collators[split] = self.trainer.lightning_module.collator(split)
+            samples = self._splits[split] = self._usable(split, collator)
+            check_fields(samples, collator, type(self).__name__, type(self.trainer.lightning_module).__name__)
+        if not self.samples(split):
+            raise DataError(f"{self.place(split)}: no samples to evaluate on")
+        return self.loader(split, self.samples(split), f"{split} within a fit")
+
     def _parts(self, split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
         rank, world = self._rank_and_world()
         training = split == "train"

@@ -71,6 +71,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.data_info: DataInfo | None = None
         self.stages: tuple[Stage, ...] = ()
         self.stage = -1
+        self.stage_complete = False
         self.optimizer_facts: dict[str, Any] = {}
         self.resumed_optimizer: dict[str, Any] | None = None
 
@@ -142,11 +143,22 @@ class AdaptedModule(pl.LightningModule, ABC):
         if self.resumed_optimizer is not None:
             apply_options(self.optimizers().optimizer, self.lr_schedulers(), self.optimizer_options)
             self.resumed_optimizer = None
+        self.stage_complete = False
         self.enter_stage()
 
     def on_train_epoch_start(self) -> None:
         """Stages begin at epoch starts."""
+        self.stage_complete = False
         self.enter_stage()
+
+    @property
+    def ends_stage(self) -> bool:
+        """Whether the current epoch is the last one of its stage."""
+        return self.trainer.current_epoch + 1 == sum(s.epochs for s in self.stages[: self.stage + 1])
+
+    def on_train_epoch_end(self) -> None:
+        """Note the end of a stage; checkpoints of this epoch are written after this, and say so."""
+        self.stage_complete = self.ends_stage
 
     def enter_stage(self) -> None:
         """Fresh optimizer state when a stage begins. Idempotent."""
@@ -216,6 +228,7 @@ class AdaptedModule(pl.LightningModule, ABC):
             "info_digest": self.info.digest,
             "stages": [asdict(s) for s in self.stages],
             "stage": self.stage,
+            "stage_complete": self.stage_complete,
             "optimizer": self.optimizer_facts,
         }
 

@@ -10,8 +10,7 @@ Legend: B batch, T stages, N domains, A answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +28,7 @@ from fulgurite.methods.schedules import Schedule
 from fulgurite.metrics.answer_counts import mean_of_known
 from fulgurite.metrics.continual_accuracy import continual_scores
 from fulgurite.modules.adapted import INITIAL
+from fulgurite.modules.evaluation import evaluation_mode
 from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mode_weights
 from fulgurite.modules.optimization import ParamGroup
 from fulgurite.modules.sharding import reshard
@@ -181,6 +181,7 @@ class ContinualVideoQA(VideoQA):
 
     def on_train_epoch_end(self) -> None:
         """At a stage's end its set takes the live values; checkpoints of this epoch are written after this."""
+        super().on_train_epoch_end()
         if not self.ends_stage:
             return
         reshard(self)
@@ -320,15 +321,3 @@ class ContinualVideoQA(VideoQA):
         """Also the best accuracy of the stage so far."""
         super().restore(facts)
         self.best_accuracy = facts.get("best_accuracy", -1.0)
-
-
-@contextmanager
-def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every submodule's own mode restored after."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode

@@ -1,12 +1,17 @@
-"""FSDP2 units: how a module is cut into them, and how values are brought back to slices."""
+"""FSDP2 units: how a module is cut into them, and how values are brought to slices."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fulgurite.checkpoints import MismatchError
+from fulgurite.checkpoints.shards import Stored
 from fulgurite.methods.structure import ModelSpec
 
 
@@ -27,3 +32,23 @@ def reshard(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
+
+
+@torch.no_grad()
+def distribute(value: Any, target: Tensor | None, name: str) -> Any:
+    """``value`` cut as ``target`` is, or as it is where ``target`` is whole.
+
+    No communication: every rank has the whole ``value``.
+    Raises `MismatchError` if the shapes differ.
+    """
+    if isinstance(value, Stored):
+        value = value.load()
+    if not isinstance(target, DTensor):
+        return value
+    if value.shape != target.shape:
+        raise MismatchError(
+            f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(target.shape)} in this run; "
+            f"load it with the settings that it was saved with"
+        )
+    local = value.to(target.device_mesh.device_type)
+    return distribute_tensor(local, target.device_mesh, target.placements, src_data_rank=None)

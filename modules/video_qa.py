@@ -6,7 +6,7 @@ Legend: B batch, A answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,11 +122,6 @@ class VideoQA(AdaptedModule):
         """Whether validation results belong to the run: within a fit, beyond its sanity check."""
         return self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
 
-    @property
-    def ends_stage(self) -> bool:
-        """Whether the current epoch is the last one of its stage."""
-        return self.trainer.current_epoch + 1 == sum(s.epochs for s in self.stages[: self.stage + 1])
-
     def evaluation_logits(self, batch: Batch) -> Tensor:
         """(B, A) scores with which validation judges the model."""
         return self(batch).logits
@@ -178,6 +173,15 @@ class VideoQA(AdaptedModule):
             for kind, value in zip(self.evaluated.kinds, row):
                 if value == value:
                     self.log(f"test/kind/{domain}/{kind}", value)
+
+    def scores(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """``accuracy`` and ``accuracy/<domain>`` of the present weights, as validation counts them; see `Scored`."""
+        counts = self.new_counts()
+        for batch in batches:
+            counts.update(0, self.evaluation_logits(batch), self.targets(batch))
+        row = counts.accuracy.results()["matrix"][0]
+        domains = {f"accuracy/{name}": value for name, value in zip(self.evaluated.domains, row.tolist())}
+        return {"accuracy": mean_of_known(row), **{name: value for name, value in domains.items() if value == value}}
 
     def on_test_start(self) -> None:
         """Fresh counts and answers for every test."""
