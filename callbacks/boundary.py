@@ -217,7 +217,7 @@ class Boundary(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({f"{step.kind}/{step.name}/{n}": v for n, v in scores.items()}, step=global_step)
         entry = {"kind": step.kind, "name": step.name, "digest": digest, "step": global_step, "splits": self.splits}
-        context.ranks.together(lambda: context.ranks.rank == 0 and note(out, {**entry, "scores": scores}))
+        context.ranks.agree(lambda: note(out, {**entry, "scores": scores}) if context.ranks.rank == 0 else None)
         rank_zero_info(f"{out.name}: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items() if n.count("/") == 1))
 
 

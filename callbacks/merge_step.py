@@ -26,9 +26,9 @@ from fulgurite.checkpoints import (
     save_checkpoint_folder,
 )
 from fulgurite.checkpoints.runs import readable_checkpoints
-from fulgurite.checkpoints.shards import SHARDS
 from fulgurite.methods.adapters.bank import LIVE
 from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.files import merge_files
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
 from fulgurite.modules.adapted import INITIAL, AdaptedModule
@@ -128,6 +128,8 @@ class MergeAtCheckpoint(Step):
                 f"{self.name}: {type(module).__name__} keeps no adapter set per stage, as ContinualVideoQA does: set "
                 "sources to stage_ends, or to e.g. {last: 2}"
             )
+        if self.merger.needs_base and self.base == "initial" and not isinstance(module, AdaptedModule):
+            raise ValueError(f"{self.name}: {type(self.merger).__name__} needs a base: set base to before")
         if keep < 0 or wanted in ("stages", "stream"):
             return
         need = "-1"
@@ -216,46 +218,65 @@ class MergeAtCheckpoint(Step):
 
     def _publish(self, inputs: Sequence[Path], context: Context, out: Path, facts: Mapping[str, Any]) -> None:
         """Merge ``inputs`` into the folder ``out``; what was there is replaced."""
-        if read_manifest(inputs[-1]).kind != "delta":
-            raise MismatchError(f"{inputs[-1]} is no delta over a frozen backbone")
-        context.ranks.together(lambda: self._merge_sets(inputs, out, facts) if context.ranks.rank == 0 else None)
+        ranks, manifest = context.ranks, read_manifest(inputs[-1])
+        if manifest.kind == "delta":
+            ranks.agree(lambda: self._merge_sets(inputs, out, facts) if ranks.rank == 0 else None)
+            return
+        ranks.agree(lambda: remove(out) if ranks.rank == 0 else None)
+        merge_files(
+            inputs[self.num_before :],
+            out,
+            self.merger,
+            inputs[0] if self.num_before else None,
+            self.weights,
+            settings=manifest.settings,
+            ranks=ranks,
+            facts={**manifest.facts, **facts},
+            documents=documents_of(inputs[-1]),
+        )
 
     def _merge_sets(self, inputs: Sequence[Path], out: Path, facts: Mapping[str, Any]) -> None:
+        """The same for the adapter sets of deltas, which are small."""
         newest, manifest = inputs[-1], read_manifest(inputs[-1])
-        tensors = dict(load_tensors(newest))
+        tensors, merger, facts = dict(load_tensors(newest)), self.merger, dict(facts)
         names = [stage["name"] for stage in manifest.facts["stages"]][: manifest.facts["stage"] + 1]
-        base, places = adapter_set(tensors, INITIAL, newest), [names[-1], LIVE]
+        base, places = adapter_set(tensors, INITIAL, newest), [*names, LIVE]
         if self.sources == "stages":
             # The present stage's values are in the live set; its own set gets them at its end.
-            experts, places = [adapter_set(tensors, name, newest) for name in (*names[:-1], LIVE)], [*names, LIVE]
+            experts = [adapter_set(tensors, name, newest) for name in (*names[:-1], LIVE)]
         else:
-            experts = [adapter_set(load_tensors(path), LIVE, path) for path in inputs[:-1]]
-            experts.append(adapter_set(tensors, LIVE, newest))
-            if self.base == "before":
-                base, *experts = experts
-        merger, facts = self.merger, dict(facts)
+            experts = [adapter_set(load_tensors(path), LIVE, path) for path in inputs]
         if self.sources == "stream":
-            merger, places = copy.copy(merger), [*names, LIVE]
+            merger = copy.copy(merger)
             merger.before = OpcmState(**read_manifest(inputs[0]).facts["opcm"]) if len(inputs) > 1 else None
+        elif self.sources != "stages":
+            places = [names[-1], LIVE]
+        if self.base == "before":
+            base, *experts = experts
         merged = merger(experts, base, self.weights)
         if self.sources == "stream":
             facts["opcm"] = asdict(merger.state())
-        facts["change"] = changes(merged, base)
         for place in places:
             if any(name.startswith(f"{SETS}{place}.") for name in tensors):
                 tensors |= {f"{SETS}{place}.{name}": tensor for name, tensor in merged.items()}
-        state = load_document(newest, "state")
+        weights = self.weights or [1.0] * len(experts)
         save_checkpoint_folder(
             out,
             {"weights": tensors},
-            {"state": {name: state[name] for name in KEPT if name in state}},
+            documents_of(newest),
             kind=manifest.kind,
             base=manifest.base,
-            structure={name: value for name, value in manifest.structure.items() if name != SHARDS},
+            structure=manifest.structure,
             parents=[{"path": str(path), "digest": read_manifest(path).digest} for path in inputs],
-            settings={**manifest.settings, "step": facts["step"]},
-            facts={**manifest.facts, **facts},
+            settings={**manifest.settings, "merger": type(merger).__name__, "weights": weights},
+            facts={**manifest.facts, **facts, "change": changes(merged, base)},
         )
+
+
+def documents_of(checkpoint: Path) -> dict[str, Any]:
+    """What makes an artefact a checkpoint that Lightning loads for evaluation, taken from that of the run."""
+    state = load_document(checkpoint, "state")
+    return {"state": {name: state[name] for name in KEPT if name in state}}
 
 
 def adapter_set(tensors: Mapping[str, Tensor], name: str, where: Path) -> State:

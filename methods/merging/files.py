@@ -60,6 +60,8 @@ def merge_files(
     settings: dict[str, Any] | None = None,
     ranks: Ranks = ALONE,
     seen: Seen | None = None,
+    facts: dict[str, Any] | None = None,
+    documents: dict[str, Any] | None = None,
 ) -> Merged:
     """Merge models on disk into the artefact ``out``, all or nothing.
 
@@ -75,6 +77,8 @@ def merge_files(
         settings: for the manifest, beside the sources.
         ranks: processes that share the work and the file system; each calls this with the same arguments.
         seen: called whenever some entries were read, with the pass (``merge`` for the last one) and their number.
+        facts: for the manifest, beside the change.
+        documents: what else the artefact holds; see `save_checkpoint_folder`.
 
     Raises:
         ValueError: the models do not fit together, or a source holds NaN; nothing is written.
@@ -86,13 +90,14 @@ def merge_files(
     given = [*([] if base is None else [base]), *experts]
     plan, manifest = ranks.agree(lambda: _opened(given, base is not None, Path(out), matching))
     manifest.settings |= {**(settings or {}), "merger": type(merger).__name__, "weights": weights}
+    manifest.facts |= facts or {}
     manifest.check()
     done = Merged(Path(out))
     writer = _Writer(plan, merger, weights, dtype, piece_size(plan, threads), seen)
     with one_kernel_thread(threads):
         survey(merger, plan, threads, ranks, writer.size, seen)
         if ranks.rank == 0:
-            _publish(writer, manifest, threads, ranks, done)
+            _publish(writer, manifest, documents or {}, threads, ranks, done)
         else:
             _follow(writer, threads, ranks, done)
     return done
@@ -205,7 +210,9 @@ def square_sum(values: Tensor) -> float:
     return float(torch.dot(values, values))
 
 
-def _publish(writer: _Writer, manifest: Manifest, threads: int, ranks: Ranks, done: Merged) -> None:
+def _publish(
+    writer: _Writer, manifest: Manifest, documents: dict[str, Any], threads: int, ranks: Ranks, done: Merged
+) -> None:
     """Rank 0's part: make the file, write its share, and publish what all ranks have written."""
     waiting, error = True, None
 
@@ -225,7 +232,7 @@ def _publish(writer: _Writer, manifest: Manifest, threads: int, ranks: Ranks, do
         return {WEIGHTS: records_of(path, writer.like())}
 
     try:
-        write_checkpoint(done.path, manifest, *encode({}, {}), others=others)
+        write_checkpoint(done.path, manifest, *encode({}, documents), others=others)
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as caught:
         error = caught
     if waiting:
