@@ -118,23 +118,31 @@ def write_checkpoint(
     texts: Mapping[str, bytes],
     algorithm: str = DEFAULT,
     others: Callable[[Path], Mapping[str, tuple[FileRecord, dict[str, TensorRecord]]]] | None = None,
+    describe: Callable[[Path, Manifest], Mapping[str, bytes]] | None = None,
 ) -> None:
     """Publish what `encode` made under ``manifest``, which gets the records of all files.
 
-    ``others`` writes more tensor files into the folder that it is given, and returns their records.
+    ``others`` writes more tensor files into the folder that it is given, and returns their records. ``describe`` makes
+    documents (a model card, a report) of the folder and the manifest of all that is in it then.
     """
     with publish_folder(path) as folder:
         for stem, state in states.items():
             name = _checked(stem + _SUFFIX)
             manifest.files[name], manifest.tensors[name] = write_tensors(folder / name, state, algorithm)
-        for name, data in texts.items():
-            manifest.files[name] = FileRecord(len(data), digest_of_bytes(data, algorithm))
-            with naming(folder / name):
-                (folder / name).write_bytes(data)
+        _write_documents(folder, manifest, texts, algorithm)
         for name, (file, records) in (others(folder) if others is not None else {}).items():
             manifest.files[name], manifest.tensors[name] = file, records
+        if describe is not None:
+            _write_documents(folder, manifest, describe(folder, manifest), algorithm)
         fault("before_manifest")
         write_manifest(folder, manifest)
+
+
+def _write_documents(folder: Path, manifest: Manifest, texts: Mapping[str, bytes], algorithm: str) -> None:
+    for name, data in texts.items():
+        manifest.files[_checked(name)] = FileRecord(len(data), digest_of_bytes(data, algorithm))
+        with naming(folder / name):
+            (folder / name).write_bytes(data)
 
 
 def load_tensors(
