@@ -1,6 +1,8 @@
 """Merging files gives the bits of merging in memory, whatever form the sources have, and leaves all or nothing."""
 
+import copy
 import json
+import re
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
+from fulgurite.methods.merging.opcm import Opcm
 from fulgurite.methods.merging.plan import Matching
 from fulgurite.methods.merging.slerp import Slerp
 from fulgurite.methods.merging.ties import Ties
@@ -89,6 +92,39 @@ def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, exper
     assert [parent["path"] for parent in manifest.parents][-number:] == [str(p) for p in sources]
     assert manifest.parents[-number]["digest"] == read_manifest(paths[1][0]).digest
     assert manifest.settings["merger"] == type(merger).__name__
+
+
+@pytest.mark.parametrize("merger", [Average(), Ties(0.3), Ties(0.3, dialect="official"), Opcm()], ids=repr)
+def test_ranks_that_share_the_work_write_the_same_bits(merger, paths, tmp_path, on_ranks):
+    given = paths[0] if merger.needs_base else None
+    merge_files(paths[1], tmp_path / "one", merger, given)
+    done = on_ranks(
+        2, lambda ranks: merge_files(paths[1], tmp_path / "two", copy.deepcopy(merger), given, threads=1, ranks=ranks)
+    )
+    assert done[0].change == done[1].change
+    assert verify(tmp_path / "two").ok
+    one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert read_manifest(tmp_path / "one").facts["change"] == read_manifest(tmp_path / "two").facts["change"]
+
+
+@pytest.mark.parametrize("place", ["source", "pass", "merge", "out"])
+def test_where_one_rank_fails_all_raise_and_nothing_is_left(place, paths, experts, tmp_path, on_ranks):
+    save_file({**experts[0], "scale": torch.tensor(float("nan"))}, tmp_path / "nan.safetensors")
+    merger = Opcm() if place == "pass" else TaskArithmetic()
+    sources = [tmp_path / "nan.safetensors" if place in ("pass", "merge") else paths[1][0], paths[1][1]]
+    out = tmp_path / "file" / "out" if place == "out" else tmp_path / "out"
+    (tmp_path / "file").write_text("in the way")
+    before = {p.name for p in tmp_path.iterdir()}
+
+    def work(ranks):
+        own = [tmp_path / "nowhere", *sources[1:]] if place == "source" and ranks.rank == 1 else sources
+        return merge_files(own, out, copy.deepcopy(merger), paths[0], threads=1, ranks=ranks)
+
+    failed = on_ranks(2, work)
+    said = {"source": "nowhere", "out": "file"}.get(place, r"holds NaN in scale")
+    assert all(isinstance(error, Exception) and re.search(said, str(error)) for error in failed)
+    assert leftovers(tmp_path, before) == []
 
 
 def test_any_reader_of_safetensors_opens_the_result_and_an_artefact_is_a_source(paths, tmp_path):
