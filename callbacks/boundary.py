@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,9 @@ from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.methods.ranks import Ranks
 from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.modules.evaluation import Scored, limited, scores_of
+from fulgurite.modules.modes import MODE_NAMES
+from fulgurite.reports.artefacts import artefacts_section, tested_modes
+from fulgurite.reports.page import Section
 
 SCORES = "scores.json"
 Split = Literal["val", "test"]
@@ -88,8 +92,7 @@ class Boundary(pl.Callback):
             raise MisconfigurationException(f"Boundary: {error}") from error
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        boundaries = [callback for callback in trainer.callbacks if isinstance(callback, Boundary)]
-        names = [(step.kind, step.name) for each in boundaries for step in each.steps]
+        names = [(step.kind, step.name) for each in boundaries_of(trainer) for step in each.steps]
         twice = next((name for kind, name in names if names.count((kind, name)) > 1), None)
         if twice is not None:
             raise ValueError(f"two steps are called {twice!r} and would replace each other's artefacts: name them")
@@ -99,6 +102,11 @@ class Boundary(pl.Callback):
         if self.at == "stage_end" and not isinstance(pl_module, AdaptedModule):
             raise ValueError(f"{type(pl_module).__name__} has no stages: set at to checkpoint or fit_end")
         for step in self.steps:
+            if step.comes_first and step is not self.steps[0]:
+                raise ValueError(
+                    f"{step.name} reads the run's checkpoints, not what {self.steps[0].name} has made: give it a "
+                    "Boundary of its own"
+                )
             step.check(self.at, publishers[0], pl_module)
         if self.splits and not (isinstance(trainer.datamodule, FulguriteDataModule) and isinstance(pl_module, Scored)):
             raise ValueError(
@@ -107,28 +115,16 @@ class Boundary(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Read the splits that a fit does not have, and look whether stages end with a checkpoint."""
-        if trainer.fast_dev_run:
-            return
-        for split in self.splits:
+        """Read the splits that a fit does not read by itself."""
+        for split in [] if trainer.fast_dev_run else self.splits:
             trainer.datamodule.within_fit(split)
-        if self.at == "stage_end":
-            publisher = publisher_of(trainer)
-            ends = [sum(s.epochs for s in pl_module.stages[: n + 1]) for n in range(len(pl_module.stages))]
-            steps, epochs = publisher._every_n_train_steps, publisher._every_n_epochs
-            if steps != 1 and (epochs < 1 or any(end % epochs for end in ends[:-1])):
-                raise MisconfigurationException(
-                    f"Boundary: stages end after epochs {ends}, and no checkpoint is published there: set "
-                    "--checkpoint.every_n_epochs 1"
-                )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run first does what was due at its checkpoint."""
-        if self.at == "stage_end" and not publisher_of(trainer)._should_save_on_train_epoch_end(trainer):
-            raise MisconfigurationException(
-                "Boundary: checkpoints are written after validations, when a stage is not over yet: set "
-                "--checkpoint.save_on_train_epoch_end true"
-            )
+        if trainer.fast_dev_run:
+            return
+        if self.at == "stage_end":
+            require_checkpoints_of_stages(trainer, [stage.epochs for stage in pl_module.stages])
         self._catch_up(trainer, pl_module)
 
     def on_checkpoint_published(self, trainer: pl.Trainer, pl_module: pl.LightningModule, path: Path) -> None:
@@ -188,7 +184,19 @@ class Boundary(pl.Callback):
                 except NotReady as reason:
                     rank_zero_info(f"{out.name}: not made, there are only {reason}")
                     return
-                self._evaluate(trainer, context, step, facts["global_step"])
+                label = f"{step.name}{'' if self.at == 'fit_end' else f', {at}'}"
+                self._evaluate(trainer, context, step, {"label": label, "step": facts["global_step"]})
+
+    def report_sections(self, trainer: pl.Trainer) -> list[Section]:
+        """From the first boundary: one table of all artefacts with scores, beside those of the last test."""
+        boundaries = boundaries_of(trainer)
+        if self is not boundaries[0]:
+            return []
+        names = {(step.kind, step.name) for each in boundaries for step in each.steps}
+        entries = read_scores(Path(trainer.default_root_dir, ARTEFACTS)).values()
+        found = {entry["label"]: entry["scores"] for entry in entries if (entry["kind"], entry["name"]) in names}
+        modes = tested_modes(trainer.callback_metrics, MODE_NAMES)
+        return [artefacts_section("Artefacts", modes, found, MODE_NAMES)] if found else []
 
     def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, out: Path, path: Path) -> Context:
         data = trainer.datamodule
@@ -206,7 +214,7 @@ class Boundary(pl.Callback):
             evaluator=evaluator if isinstance(data, FulguriteDataModule) and isinstance(pl_module, Scored) else None,
         )
 
-    def _evaluate(self, trainer: pl.Trainer, context: Context, step: Step, global_step: int) -> None:
+    def _evaluate(self, trainer: pl.Trainer, context: Context, step: Step, about: Mapping[str, Any]) -> None:
         """Score, log and note an artefact, unless that is done."""
         out = context.out
         digest = read_manifest(out).digest
@@ -215,15 +223,38 @@ class Boundary(pl.Callback):
             return
         scores = {f"{split}/{n}": v for split in self.splits for n, v in context.evaluate(out, split).items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"{step.kind}/{step.name}/{n}": v for n, v in scores.items()}, step=global_step)
-        entry = {"kind": step.kind, "name": step.name, "digest": digest, "step": global_step, "splits": self.splits}
+            logger.log_metrics({f"{step.kind}/{step.name}/{n}": v for n, v in scores.items()}, step=about["step"])
+        entry = {**about, "kind": step.kind, "name": step.name, "digest": digest, "splits": self.splits}
         context.ranks.agree(lambda: note(out, {**entry, "scores": scores}) if context.ranks.rank == 0 else None)
         rank_zero_info(f"{out.name}: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items() if n.count("/") == 1))
+
+
+def boundaries_of(trainer: pl.Trainer) -> list[Boundary]:
+    """All boundaries of a run, in order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Boundary)]
 
 
 def publisher_of(trainer: pl.Trainer) -> PublishedCheckpoint:
     """What writes the run's checkpoints."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, PublishedCheckpoint))
+
+
+def require_checkpoints_of_stages(trainer: pl.Trainer, epochs: Sequence[int]) -> None:
+    """Refuse a schedule of checkpoints that publishes none at the end of a stage, or one before its sets are copied."""
+    publisher = publisher_of(trainer)
+    if publisher._every_n_train_steps == 1:
+        return
+    every, ends = publisher._every_n_epochs, list(accumulate(epochs))
+    if every < 1 or any(end % every for end in ends[:-1]):
+        raise MisconfigurationException(
+            f"Boundary: stages end after epochs {ends}, and no checkpoint is published there: set "
+            "--checkpoint.every_n_epochs 1"
+        )
+    if not publisher._should_save_on_train_epoch_end(trainer):
+        raise MisconfigurationException(
+            "Boundary: checkpoints are published after validations, when a stage is not over yet: set "
+            "--checkpoint.save_on_train_epoch_end true"
+        )
 
 
 def own_folder(path: Path) -> Path:

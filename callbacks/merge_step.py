@@ -96,6 +96,7 @@ class MergeAtCheckpoint(Step):
     """
 
     kind = "merged"
+    comes_first = True
 
     def __init__(
         self,

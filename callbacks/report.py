@@ -27,9 +27,10 @@ class Report(Callback):
 
     Hooks: ``on_validation_end`` of ``validate``, which prints the metrics alone; ``on_test_end``, after every metric is
         computed. Each rank brings the module's ``test_answers``; rank 0 gets them all, in the order of the data, writes
-        and prints. Sections come from the module's ``report_sections`` (see `ReportSource`); where none of them has a
-        table for the terminal, that of the metrics is printed. Nothing is stored in checkpoints; a second test writes
-        the same files again. With ``fast_dev_run`` nothing is written.
+        and prints. Sections come from the module's ``report_sections`` (see `ReportSource`), then from the same method,
+        given the trainer, of each callback that has it; where none of them has a table for the terminal, that of the
+        metrics is printed. Nothing is stored in checkpoints; a second test writes the same files again. With
+        ``fast_dev_run`` nothing is written.
 
     Args:
         title: of the page; the name of the folder that holds the run by default.
@@ -56,6 +57,9 @@ class Report(Callback):
             answers = pl_module.test_answers = in_order(answers, samples)
         folder = Path(trainer.default_root_dir)
         sections = list(pl_module.report_sections(samples)) if isinstance(pl_module, ReportSource) else []
+        for callback in trainer.callbacks:
+            if hasattr(callback, "report_sections"):
+                sections += callback.report_sections(trainer)
         sections.append(metrics_section(trainer.callback_metrics, all(s.printed is None for s in sections)))
         for name, content in {n: c for s in sections for n, c in s.files.items()}.items():
             write_bytes(folder / name, content)

@@ -94,12 +94,14 @@ class Step(ABC):
 
     Attributes:
         kind: what its artefacts are called: ``merged``, ``pruned``, ``quantized``.
+        comes_first: whether it reads checkpoints of the run, and so cannot go on from another step.
 
     Args:
         name: of the artefact and its figures, unlike that of any other step of the run.
     """
 
     kind: ClassVar[str]
+    comes_first: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:
         if not re.fullmatch(r"[\w=+,.-]+", name) or not name.strip("."):
