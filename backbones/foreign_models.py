@@ -93,17 +93,23 @@ def _of_transformers(tensors: Mapping[str, Tensor], like: Path | None) -> nn.Mod
             "no config.json lies with the weights: give --like FOLDER, a Hugging Face folder with the configuration "
             "(and tokenizer) of the model"
         )
+    transformers.utils.logging.disable_progress_bar()
+    kind = read_config(like / CONFIG)["model_type"]
+    if kind not in transformers.CONFIG_MAPPING:
+        raise MismatchError(f"{like / CONFIG} names the model type {kind!r}, which transformers itself does not have")
     config = transformers.AutoConfig.from_pretrained(like)
     named = (config.architectures or [None])[0]
     cls = getattr(transformers, str(named), None)
     if cls is None:
         raise MismatchError(f"{like / CONFIG} names the architecture {named!r}, which transformers does not have")
     kinds = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    dtype = max(set(kinds), key=kinds.count)
     model, info = cls.from_pretrained(
         None,
         config=config,
         state_dict=dict(tensors),
-        dtype=max(set(kinds), key=kinds.count),
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # they are refused below, with all others
         output_loading_info=True,
     )
     lines = [f"{n}: the files lack it" for n in sorted(info["missing_keys"])]
@@ -156,6 +162,9 @@ def write_model(
         max_shard_size: of one file, for transformers.
     """
     if library == "hf":
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.backbones import reload
 from fulgurite.backbones.reload import Comparison
@@ -62,14 +62,14 @@ def compare_fresh(
 
 
 def require_same(
-    found: Comparison, tokens: Sequence[int] | None, tied: Sequence[Sequence[str]], tolerance: float = TOLERANCE
+    found: Comparison, model: nn.Module | None, tokens: Sequence[int] | None, tolerance: float = TOLERANCE
 ) -> None:
     """Raise `MismatchError` with all that differs from the live model.
 
     Args:
         found: by the fresh process.
-        tokens: ids of `reload.TEXT` by the model's tokenizer; None where it is not compared.
-        tied: groups of names that are one tensor in the live model.
+        model: what was written, for its tensors and which of them are tied; None where outputs alone are compared.
+        tokens: ids of `reload.TEXT` by its tokenizer; None where it is not compared.
         tolerance: of each output, relative.
     """
     lines = [f"{name}: the files lack it" for name in found.missing]
@@ -83,8 +83,12 @@ def require_same(
         lines.append("there was no output to compare")
     if tokens is not None and found.tokens != list(tokens):
         lines.append(f"tokenizer: {found.tokens} for {reload.TEXT!r}, expected {list(tokens)}")
-    if found.tied != [list(names) for names in tied]:
-        lines.append(f"tied tensors: {found.tied[:3]}, expected {list(tied)[:3]}")
+    if model is not None:
+        tied, digests = reload.tied_names(model), reload.digests(model)
+        if found.tied != tied:
+            lines.append(f"tied tensors: {found.tied[:3]}, expected {tied[:3]}")
+        names = sorted(digests.keys() | found.digests.keys())
+        lines += [f"tensor {name}: other values" for name in names if digests.get(name) != found.digests.get(name)]
     if lines:
         shown = "\n  ".join(lines[:20])
         raise MismatchError(

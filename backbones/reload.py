@@ -10,6 +10,7 @@ of `Comparison`. The process that exports imports `outputs` from here, so that b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ class Comparison:
         errors: by output, the norm of the difference over the norm of what was expected.
         tokens: ids of `TEXT` by the folder's tokenizer, None without one.
         tied: groups of names that are one tensor.
+        digests: of every tensor of the state dict, in float32.
         versions: of the libraries.
     """
 
@@ -41,6 +43,7 @@ class Comparison:
     errors: dict[str, float] = field(default_factory=dict)
     tokens: list[int] | None = None
     tied: list[list[str]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,6 +82,15 @@ def tied_names(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     return sorted(sorted(names) for names in groups.values() if len(names) > 1)
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of the state dict, floating ones in float32: a probe does not reach all of them."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return found
 
 
 def load(library: str, folder: str, model_class: str = "", base: str = "") -> tuple[nn.Module, list[str], list[str]]:
@@ -135,7 +147,7 @@ def compare(request: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Compar
     inputs = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
     expected = {n.removeprefix("output."): t for n, t in tensors.items() if n.startswith("output.")}
     found, nothing = outputs(library, model, inputs), torch.zeros(0)
-    done = Comparison(missing, unexpected, tied=tied_names(model), tokens=tokens_of(folder))
+    done = Comparison(missing, unexpected, tied=tied_names(model), tokens=tokens_of(folder), digests=digests(model))
     done.errors = {name: relative_error(found.get(name, nothing), tensor) for name, tensor in expected.items()}
     used = {"hf": ("transformers",), "peft": ("transformers", "peft")}.get(library, (library,))
     done.versions = {name: str(sys.modules[name].__version__) for name in ("torch", *used)}

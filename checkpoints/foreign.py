@@ -15,11 +15,12 @@ from torch import Tensor
 from fulgurite.checkpoints.atomic import fault, publish_folder, reading
 from fulgurite.checkpoints.digest import FileRecord, digest_of_file, digest_of_tensor
 from fulgurite.checkpoints.errors import RefusedError, WriteError
-from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest, is_inside, write_manifest
+from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest, write_manifest
 from fulgurite.checkpoints.tensorfile import TensorRecord, dtype_name, map_file
 
 # What a model folder holds beside its weights: configurations, tokenizers, processors, chat templates.
 COMPANIONS = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 OUR_OWN = (MANIFEST_NAME, "digests.json", "state.json")
 
 
@@ -76,10 +77,10 @@ def companions(folder: str | Path) -> list[Path]:
         path
         for path in sorted(Path(folder).iterdir())
         if path.is_file()
-        and path.suffix in COMPANIONS
+        and (path.suffix in COMPANIONS or path.stem.upper() in LICENCES)
         and path.name not in OUR_OWN
         and not path.name.endswith(".index.json")
-        and is_inside(path.name)
+        and not path.name.startswith(".")
     ]
 
 

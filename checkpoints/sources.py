@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if (resolve(path) / MANIFEST_NAME).is_file():
         manifest = read_manifest(path)
-        stem = "weights" if "weights.safetensors" in manifest.files else next(iter(manifest.tensors), "weights")
+        names = weights_in(manifest)
         files = tuple(resolve(path) / name for name in manifest.tensors)
-        return Source(path, load_tensors(path, stem), manifest, files)
+        tensors = {key: tensor for name in names for key, tensor in load_tensors(path, name).items()}
+        return Source(path, tensors, manifest, files)
     if path.is_file():
         return Source(path, map_file(safe(path)), None, (path,))
     if not path.is_dir():
@@ -89,6 +91,16 @@ def open_source(path: str | Path) -> Source:
     if found.suffix == ".safetensors":
         return Source(path, map_file(found), None, (found,))
     return sharded(path, found)
+
+
+def weights_in(manifest: Manifest) -> list[str]:
+    """Names of the files of a checkpoint that hold the model's weights: several where another library's are sharded."""
+    if "weights.safetensors" in manifest.files:
+        return ["weights.safetensors"]
+    if WEIGHT_FILES[0] in manifest.files:
+        return sorted(name for name in manifest.tensors if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name))
+    known = [name for name in WEIGHT_FILES if name in manifest.tensors]
+    return (known or list(manifest.tensors) or ["weights.safetensors"])[:1]
 
 
 def safe(path: Path) -> Path:

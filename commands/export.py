@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jsonargparse
 
 from fulgurite.commands.errors import DONE, ConfigError
-from fulgurite.commands.imports import PARSER_MODE
-from fulgurite.commands.invocation import values_of
+from fulgurite.commands.imports import PARSER_MODE, imports_allowed
+from fulgurite.commands.invocation import values_of, without
 from fulgurite.commands.tables import console, plain_table
 
 DESCRIPTION = """Write a run, checkpoint or artefact as a model that another library loads. What was written is loaded
@@ -24,12 +24,14 @@ def run(command: str, argv: list[str]) -> int:
         ConfigError: an option is wrong.
         CheckpointError: the source is damaged, cannot be exported, or is another model once it is loaded.
     """
-    parser = parser_of()
-    try:
-        options = parser.parse_args(["--dry_run=true" if a in ("--dry-run", "--dry_run") else a for a in argv])
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    return export(options, tuple(values_of(argv, "--allow")))
+    argv = ["--dry_run=true" if argument in ("--dry-run", "--dry_run") else argument for argument in argv]
+    allow = tuple(values_of(argv, "--allow"))
+    with imports_allowed(allow):
+        try:
+            options = parser_of().parse_args(without(argv, "--allow"))
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+    return export(options, allow)
 
 
 def parser_of() -> jsonargparse.ArgumentParser:
@@ -45,7 +47,7 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--to", type=Literal["hf", "open_clip", "timm", "peft"], required=True, help="the library")
     parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
     parser.add_argument(
-        "--set", type=str | dict[str, float] | None, default=None, help="adapter set, or weights of sets"
+        "--set", type=dict[str, float] | str | None, default=None, help="adapter set, or weights of sets"
     )
     parser.add_argument("--part", type=str | None, default=None, help="part of the backbone, where several fit")
     choices = Literal["fold", "separate"]

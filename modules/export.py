@@ -49,6 +49,7 @@ class Prepared:
         like: folder whose configuration, tokenizer and processor files go along.
         architecture: the library's name of the model.
         base: model that peft's adapters stand on.
+        base_digest: fingerprint of the backbone under peft's adapters.
         peft: peft's configuration and tensors.
         rest: what of the backbone no library has a place for.
         adapters: the adapters left as they are, ``<site>.<tensor>``.
@@ -65,6 +66,7 @@ class Prepared:
     like: Path | None = None
     architecture: str | None = None
     base: str = ""
+    base_digest: str = ""
     peft: tuple[dict[str, Any], StateDict] | None = None
     rest: StateDict = field(default_factory=dict)
     adapters: StateDict = field(default_factory=dict)
@@ -142,6 +144,7 @@ def prepare_run(
     prepared = Prepared(to, chosen.build().float().eval(), {}, tokenizer=chosen.tokenizer)
     if to == "peft":
         prepared.peft, prepared.base = _peft(bank, chosen, weights, inside, dtype), resolve_source(chosen.base or "")
+        prepared.base_digest = backbone.fingerprint
         sites = [site for site in sites if site not in inside]
     elif adapters == "separate" and bank is not None:
         prepared.adapters, sites = _adapters(bank, weights, sites), []

@@ -12,7 +12,7 @@ from torch import nn
 
 from fulgurite.backbones.foreign_models import write_model
 from fulgurite.backbones.fresh import compare_fresh, require_same
-from fulgurite.backbones.reload import outputs, relative_error, tied_names
+from fulgurite.backbones.reload import outputs, relative_error
 from fulgurite.checkpoints import Manifest, RefusedError, read_manifest
 from fulgurite.checkpoints.atomic import naming, resolve
 from fulgurite.checkpoints.foreign import foreign_folder, require_new, require_space
@@ -103,7 +103,7 @@ def write(prepared: Prepared, out: str | Path, path: Path, dtype: torch.dtype | 
     settings = {"to": to, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
     base = None
     if to == "peft":
-        base = {"source": prepared.base, "digest": read_manifest(path).base["digest"]}
+        base = {"source": prepared.base, "digest": prepared.base_digest}
     manifest = new_manifest(
         "self-contained" if base is None else "delta", base, parents=[parent], settings={"export": settings}
     )
@@ -113,18 +113,18 @@ def write(prepared: Prepared, out: str | Path, path: Path, dtype: torch.dtype | 
             config, tensors = prepared.peft
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
             write_tensors(folder / "adapter_model.safetensors", tensors)
-            expected, tied = prepared.expected, None
+            expected = prepared.expected
         else:
             cast(model, dtype)
             files = (prepared.like, prepared.architecture, prepared.tokenizer, max_shard_size)
             write_model(to, model, folder, *files)
-            expected, tied = outputs(to, model.float(), prepared.inputs), tied_names(model)
+            expected = outputs(to, model.float(), prepared.inputs)
         for name, tensors in ((REST, prepared.rest), (ADAPTERS, prepared.adapters)):
             if tensors:
                 write_tensors(folder / name, tensors)
         model_class = type(model).__name__ if to in ("hf", "peft") else ""
         found = compare_fresh(to, folder, prepared.inputs, expected, model_class, prepared.base)
-        require_same(found, prepared.tokens, found.tied if tied is None else tied)
+        require_same(found, None if to == "peft" else model, prepared.tokens)
         manifest.facts |= {"reloaded": found.versions, "errors": found.errors}
         if prepared.expected is not None and to != "peft":
             rounding = {n: relative_error(expected[n], live) for n, live in prepared.expected.items()}

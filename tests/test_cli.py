@@ -16,7 +16,18 @@ TOYS = ROOT / "tests" / "commands"
 
 
 def test_the_commands_are_these():
-    assert list(COMMANDS) == ["fit", "validate", "test", "predict", "features", "data", "merge", "verify", "inspect"]
+    assert list(COMMANDS) == [
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "features",
+        "data",
+        "merge",
+        "export",
+        "verify",
+        "inspect",
+    ]
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["-h"], []])
