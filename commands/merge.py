@@ -7,7 +7,7 @@ import glob
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
@@ -15,8 +15,12 @@ from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import values_of
 from fulgurite.commands.names import class_table, import_named
+from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console, plain_table
 from fulgurite.commands.yaml_loader import load_file
+
+if TYPE_CHECKING:
+    from fulgurite.methods.merging.job import Job
 
 DESCRIPTION = """Merge models of one architecture that lie in files: checkpoints and artefacts of fulgurite, Hugging
 Face, open_clip and timm folders, single safetensors files. The result is an artefact: a checkpoint folder."""
@@ -40,11 +44,9 @@ def run(command: str, argv: list[str]) -> int:
             merger = parser.instantiate_classes(options).merger
         except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
             raise ConfigError(unknown_merger(argv) or str(error)) from error
-    experts, base = expanded(options.sources), options.base
     try:
-        if options.dry_run:
-            return preview(experts, base, Path(options.out), merger, options)
-        return merge(experts, base, merger, options)
+        job = prepared(merger, options)
+        return preview(job) if options.dry_run else merge(job)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -64,7 +66,7 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--sources", type=list[str], required=True, help="models to merge, in order; globs are expanded"
     )
-    parser.add_argument("--out", type=str, required=True, help="folder of the artefact; must not be there yet")
+    parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
     parser.add_argument("--base", type=str | None, default=None, help="model that the sources were fine-tuned from")
     parser.add_subclass_arguments(Merger, "merger", required=True, help="how to merge")
     parser.add_argument("--weights", type=list[float] | None, default=None, help="one per source; default: 1 for each")
@@ -73,6 +75,8 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--rows", type=Literal["error", "common"], default="error", help="other vocabulary sizes")
     parser.add_argument("--strict", type=bool, default=True, help="every tensor must be in every source")
     parser.add_argument("--donor", type=int | None, default=None, help="source of integer entries that differ")
+    parser.add_argument("--like", type=str | None, default=None, help="folder with configuration and tokenizer")
+    parser.add_argument("--max_shard_size", type=str, default="50GB", help="of one file of weights of such a folder")
     parser.add_argument("--threads", type=int | None, default=None, help="tensors at a time; default: all cores")
     parser.add_argument("--dry_run", type=bool, default=False, help="print plan, memory and disk; write nothing")
     parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
@@ -113,27 +117,37 @@ def expanded(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def matching_of(options: Any) -> Any:
-    """`Matching` of the options."""
-    from fulgurite.methods.merging.plan import Matching
-
-    return Matching(options.strict, options.rows, options.donor)
-
-
-def merge(experts: Sequence[Path], base: str | None, merger: Any, options: Any) -> int:
-    """Do it, and print what changed most."""
+def prepared(merger: Any, options: Any) -> Job:
+    """What the options ask for, found possible."""
     import torch
 
-    from fulgurite.methods.merging.files import merge_files
+    from fulgurite.checkpoints.companions import parsed_size
+    from fulgurite.methods.merging.files import prepare
+    from fulgurite.methods.merging.plan import Matching
 
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    settings = {
-        "merge": {"class_path": options.merger.class_path, "init_args": dict(options.merger.get("init_args") or {})}
-    }
-    done = merge_files(
-        experts, options.out, merger, base, options.weights, dtype, matching_of(options), options.threads, settings
+    return prepare(
+        expanded(options.sources),
+        options.out,
+        merger,
+        options.base,
+        options.weights,
+        None if options.dtype is None else getattr(torch, options.dtype),
+        Matching(options.strict, options.rows, options.donor),
+        options.threads,
+        {"merge": {"class_path": options.merger.class_path, "init_args": dict(options.merger.get("init_args") or {})}},
+        options.like,
+        parsed_size(options.max_shard_size),
     )
-    table = plain_table("Change from the base" if base else "Change from the first source", "tensor", "relative norm")
+
+
+def merge(job: Job) -> int:
+    """Do it, and print what changed most."""
+    from fulgurite.methods.merging.writing import carry_out
+
+    with progress(sum(job.plan.sizes.values()), sum(source.num_bytes for source in job.sources)) as seen:
+        done = carry_out(job, seen=seen)
+    start = "base" if job.plan.has_base else "first source"
+    table = plain_table(f"Change from the {start}", "tensor", "relative norm")
     ranked = sorted(done.change.items(), key=lambda item: -item[1])
     for name, change in ranked[:SHOWN]:
         table.add_row(name, f"{change:.4f}")
@@ -141,31 +155,24 @@ def merge(experts: Sequence[Path], base: str | None, merger: Any, options: Any) 
     out.print(table)
     if len(ranked) > SHOWN:
         out.print(f"and {len(ranked) - SHOWN} tensors that changed less")
-    out.print(f"merged {len(experts)} models: {done.path}", soft_wrap=True)
+    out.print(f"merged {len(job.sources) - job.plan.has_base} models: {done.path}", soft_wrap=True)
     return DONE
 
 
-def preview(experts: Sequence[Path], base: str | None, out: Path, merger: Any, options: Any) -> int:
+def preview(job: Job) -> int:
     """Print what a merge would read, hold and write."""
-    from fulgurite.checkpoints.sources import open_source
-    from fulgurite.methods.merging.files import held_bytes
-    from fulgurite.methods.merging.plan import plan_of
-
-    merger.check(len(experts), base is not None, options.weights)
-    sources = [open_source(path) for path in experts]
-    start = None if base is None else open_source(base)
-    plan = plan_of([s.tensors for s in sources], None if start is None else start.tensors, matching_of(options))
-    table = plain_table(f"{type(merger).__name__} into {out}", "source", "tensors", "MB")
-    for source in (*([] if start is None else [start]), *sources):
+    table = plain_table(f"{type(job.merger).__name__} into {job.out}", "source", "tensors", "MB")
+    for source in job.sources:
         table.add_row(str(source.path), f"{len(source.tensors):,}", f"{source.num_bytes / 1e6:,.1f}")
-    size = (start or sources[0]).num_bytes
-    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    plan, files = job.plan, {**job.layout.weights, **job.layout.texts}
+    folder = next(parent for parent in job.out.absolute().parents if parent.is_dir())
     screen = console()
     screen.print(table)
     screen.print(
         f"{len(plan.merged):,} tensors are merged, {len(plan.copied):,} copied, {len(plan.tied):,} tied; "
-        f"about {held_bytes(plan, merger, options.threads) / 1e6:,.0f} MB of memory, "
-        f"about {size / 1e6:,.1f} MB to write, {shutil.disk_usage(folder).free / 1e6:,.0f} MB free",
+        f"about {job.held_bytes / 1e6:,.0f} MB of memory, "
+        f"about {job.num_bytes / 1e6:,.1f} MB to write, {shutil.disk_usage(folder).free / 1e6:,.0f} MB free",
         soft_wrap=True,
     )
+    screen.print(f"files: {', '.join(files)}", soft_wrap=True)
     return DONE

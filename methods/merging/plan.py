@@ -116,6 +116,7 @@ class Plan:
         num_experts: T.
         has_base: whether the models have a base.
         labels: what to call the models in an error, the base first.
+        owners: name -> numbers of the models that its tensors are of, where those are not all models in order.
     """
 
     order: tuple[str, ...]
@@ -126,6 +127,7 @@ class Plan:
     has_base: bool
     labels: Sequence[str]
     checked: set[str] = field(default_factory=set)
+    owners: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -134,7 +136,12 @@ class Plan:
 
     def operands(self, name: str, size: int = PIECE) -> Operands:
         """The tensors that ``name`` is merged from."""
-        return Operands(name, self.merged[name], self.has_base, self.labels, size, self.checked)
+        labels = self.labels and [self.labels[number] for number in self.models(name)]
+        return Operands(name, self.merged[name], self.has_base, labels, size, self.checked)
+
+    def models(self, name: str) -> Sequence[int]:
+        """Numbers of the models that the tensors of ``name`` are of."""
+        return self.owners.get(name, range(len(self.merged[name])))
 
 
 def source_name(number: int, has_base: bool) -> str:

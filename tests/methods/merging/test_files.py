@@ -17,7 +17,7 @@ from fulgurite.checkpoints import (
     save_checkpoint_folder,
     verify,
 )
-from fulgurite.methods.merging import files
+from fulgurite.methods.merging import job
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
@@ -74,7 +74,7 @@ def paths(base, experts, tmp_path):
 )
 @pytest.mark.parametrize("threads", [1, 3])
 def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, experts, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "piece_size", lambda *_: 7)  # pieces inside tensors, with a rest
+    monkeypatch.setattr(job, "piece_size", lambda *_: 7)  # pieces inside tensors, with a rest
     given = base if merger.needs_base else None
     number = 2 if isinstance(merger, Slerp) else 3
     weights = None if isinstance(merger, ModelStock) else [1.0, 2.0, 0.5][:number]
@@ -167,6 +167,7 @@ def test_what_is_refused_leaves_nothing(paths, experts, tmp_path):
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "pytorch_model.bin").write_bytes(b"x")
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "note.txt").write_text("mine")
     before = {p.name for p in tmp_path.iterdir()}
     a = paths[1][0]
     cases = [
@@ -178,7 +179,7 @@ def test_what_is_refused_leaves_nothing(paths, experts, tmp_path):
         ),
         ([a, tmp_path / "nowhere"], tmp_path / "out", MissingError, "nowhere"),
         ([a, tmp_path / "pickle"], tmp_path / "out", RefusedError, "pickle"),
-        ([a, paths[1][1]], tmp_path / "there", RefusedError, "replaces nothing"),
+        ([a, paths[1][1]], tmp_path / "there", RefusedError, "nothing is replaced"),
         ([a, a], tmp_path / "out", RefusedError, r"equals expert 0 \(.*\) and expert 1"),
     ]
     for sources, out, error, said in cases:
