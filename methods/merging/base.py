@@ -21,6 +21,7 @@ from fulgurite.methods.ranks import ALONE, Ranks
 
 # Running statistics of normalisation: their mean is one, while a sum or a trimmed task vector is not.
 STATISTIC = re.compile(r"(^|\.)running_(mean|var)$")
+IN_MEMORY = 2**20  # entries of a piece that all threads of a kernel share
 Seen = Callable[[str, int], None]
 
 
@@ -122,7 +123,7 @@ class Merger(ABC):
                 out[name] = out[plan.tied[name]]
             elif name in plan.merged:
                 own = plan.merged[name][0]
-                operands = plan.operands(name, PIECE if own.device.type == "cpu" else max(own.numel(), 1))
+                operands = plan.operands(name, IN_MEMORY if own.device.type == "cpu" else max(own.numel(), 1))
                 out[name] = whole_of(self.merge_one(operands, weights), own)
             else:
                 out[name] = plan.copied[name].clone()

@@ -28,7 +28,7 @@ FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, Valu
 def carry_out(job: Job, ranks: Ranks = ALONE, seen: Seen | None = None) -> Merged:
     """Merge and publish; arguments and errors are those of `merge_files`."""
     writing = _Writing(job, ranks, seen)
-    with one_kernel_thread(job.threads):
+    with one_kernel_thread(job.threads > 1 or job.merger.piecewise):
         survey(job.merger, job.plan, job.threads, ranks, job.piece_size, seen)
         if ranks.rank == 0:
             _publish(writing)
@@ -38,11 +38,11 @@ def carry_out(job: Job, ranks: Ranks = ALONE, seen: Seen | None = None) -> Merge
 
 
 @contextmanager
-def one_kernel_thread(threads: int) -> Iterator[None]:
-    """Kernels on one thread each inside, where several tensors are worked on at a time."""
+def one_kernel_thread(wanted: bool) -> Iterator[None]:
+    """Kernels on one thread each inside, where ``wanted``: work is shared by tensors, and pieces are too small to be."""
     before = torch.get_num_threads()
     try:
-        if threads > 1:
+        if wanted:
             torch.set_num_threads(1)
         yield
     finally:
