@@ -39,7 +39,7 @@ def carry_out(job: Job, ranks: Ranks = ALONE, seen: Seen | None = None) -> Merge
 
 @contextmanager
 def one_kernel_thread(wanted: bool) -> Iterator[None]:
-    """Kernels on one thread each inside, where ``wanted``: work is shared by tensors, and pieces are too small to be."""
+    """Kernels on one thread each inside, where ``wanted``: tensors are shared out, and pieces too small to be."""
     before = torch.get_num_threads()
     try:
         if wanted:
