@@ -28,7 +28,7 @@ HOSTILE = [
     " ",
     "http://evil.example",
 ]
-CHANGE = {f"blocks.{i}.weight": i / 100 for i in range(20)}
+CHANGE = {f"blocks.{i}.weight": i / 100 for i in range(20)} | {"twin": 0.18}
 
 
 def merge_manifest(text="ft.safetensors", name="weights"):
@@ -107,12 +107,18 @@ def test_it_says_where_the_model_comes_from_and_how_it_was_made():
         "- expert 2, weight 0.5: `c`, digest `xxh3_128:00000000000000000000000000000002`",
         '    "density": 0.2,',
         "       0.5  ft.safetensors",
-        "and 9 tensors that changed less",
+        "and 10 tensors that changed less",
         "ft.safetensors/accuracy  0.812346",
     ):
         assert f"\n{line}\n" in text
     assert text.index("blocks.19") < text.index("blocks.18")
-    assert "blocks.8." not in text
+    assert text.index("blocks.18") < text.index("twin")
+    assert "blocks.9." not in text
+    assert "Largest change from the base" in text
+    without = merge_manifest()
+    del without.parents[0]
+    assert "- expert 1, weight 1: `ft.safetensors`" in card(without, "merged")
+    assert "Largest change from the first model" in card(without, "merged")
 
 
 def test_equal_manifests_give_equal_bytes():
