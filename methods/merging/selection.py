@@ -8,7 +8,7 @@ processes, and take 0.5 and 0.25 MiB. Doubles are compared as the floats that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from fulgurite.methods.merging.plan import Operands
 SMALL = 1 << 13  # entries below which looking at all of them is cheaper than a histogram
 SHIFT = 15
 BINS, LOWER = 1 << 16, 1 << SHIFT
+Parts = Callable[[], Iterator[Sequence[Tensor]]]  # V flat vectors in pieces, in order, whenever it is called
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,6 @@ EVERYTHING, NOTHING = Cut(-1.0, 0), Cut(float("inf"), 0)
 def kept_count(density: float, count: int) -> int:
     """int(density count), at least 1 where both are positive."""
     return min(max(int(density * count), 1), count) if density > 0 else 0
-
-
-def check_fraction(name: str, value: float) -> float:
-    """The value, if it lies in [0, 1].
-
-    Raises:
-        ValueError: otherwise.
-    """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} lies between 0 and 1, got {value}")
-    return value
 
 
 def bits_of(values: Tensor) -> Tensor:
@@ -87,36 +77,67 @@ def settled(value: float, ties: int, equal: int) -> Cut:
     return Cut(value, ties) if ties < equal else Cut(float(np.nextafter(np.float32(value), np.float32(-np.inf))), 0)
 
 
-def cuts_of(operands: Operands, keep: int, all_ties: bool = False) -> list[Cut]:
-    """Where to cut the T task vectors of one tensor to keep the ``keep`` entries (0 to all) of largest magnitude.
-
-    Reads the tensor twice. Memory: two histograms per expert.
+def cuts_of(operands: Operands, keep: Sequence[int], all_ties: bool = False) -> list[Cut]:
+    """Where to cut the T task vectors of one tensor to keep the entries of largest magnitude.
 
     Args:
         operands: the tensor, with a base.
-        keep: how many are kept.
+        keep: how many entries of each are kept, T numbers.
         all_ties: keep all that equal the last one kept, so ``keep`` or more.
     """
-    num_experts = len(operands.tensors) - 1
-    if keep == 0 or keep >= operands.num_entries:
-        return [NOTHING if keep == 0 else EVERYTHING] * num_experts
-    if operands.num_entries <= SMALL:
-        base, experts = operands.whole()
-        return [small_cut((expert - base).flatten(), keep, all_ties) for expert in experts]
-    totals = [torch.zeros(BINS, dtype=torch.int64)] * num_experts
-    for _, base, experts in operands.pieces():
-        totals = [total + upper_histogram(bits_of(expert - base)).cpu() for total, expert in zip(totals, experts)]
-    places = [locate(total, keep) for total in totals]
-    totals = [torch.zeros(LOWER, dtype=torch.int64)] * num_experts
-    for _, base, experts in operands.pieces():
-        for number, expert in enumerate(experts):
-            found = lower_histogram(bits_of(expert - base), places[number][0])
-            totals[number] = totals[number] + found.cpu()
-    cuts = []
-    for (upper, rank, _), total in zip(places, totals):
-        lower, ties, equal = locate(total, rank)
-        cuts.append(settled(value_of(upper, lower), equal if all_ties else ties, equal))
-    return cuts
+    found = cuts_at(task_vectors(operands), operands.num_entries, [[rank] for rank in keep], all_ties)
+    return [cut for (cut,) in found]
+
+
+def task_vectors(operands: Operands) -> Parts:
+    """The T task vectors of one tensor."""
+    return lambda: ([(expert - base).flatten() for expert in experts] for _, base, experts in operands.pieces())
+
+
+def cuts_at(parts: Parts, count: int, ranks: Sequence[Sequence[int]], all_ties: bool = False) -> list[list[Cut]]:
+    """Where to cut each of V vectors at one or several ranks of its magnitudes.
+
+    Reads the vectors twice. Memory: one histogram per vector, then one per rank.
+
+    Args:
+        parts: the vectors.
+        count: of entries in each.
+        ranks: of each vector, how many entries are kept (0 to all): one cut for each of these numbers.
+        all_ties: see `cuts_of`.
+    """
+    inside = [{rank for rank in own if 0 < rank < count} for own in ranks]
+    found: list[dict[int, Cut]] = [{} for _ in ranks]
+    if any(inside) and count <= SMALL:
+        vectors = [torch.cat(pieces) for pieces in zip(*parts())]
+        found = [{k: small_cut(vector, k, all_ties) for k in own} for vector, own in zip(vectors, inside)]
+    elif any(inside):
+        found = large_cuts(parts, inside, all_ties)
+    edge = {True: NOTHING, False: EVERYTHING}
+    return [[own.get(k, edge[k <= 0]) for k in each] for own, each in zip(found, ranks)]
+
+
+def large_cuts(parts: Parts, ranks: Sequence[Collection[int]], all_ties: bool) -> list[dict[int, Cut]]:
+    """Rank -> cut of each of V vectors, from histograms; see `cuts_at`."""
+    uppers = [torch.zeros(BINS if own else 0, dtype=torch.int64) for own in ranks]
+    for pieces in parts():
+        for total, piece in zip(uppers, pieces):
+            if len(total):
+                total += upper_histogram(bits_of(piece)).cpu()
+    places = [{rank: locate(total, rank) for rank in own} for total, own in zip(uppers, ranks)]
+    lowers = [{at[0]: torch.zeros(LOWER, dtype=torch.int64) for at in own.values()} for own in places]
+    for pieces in parts():
+        for totals, piece in zip(lowers, pieces):
+            bits = bits_of(piece) if totals else None
+            for upper, total in totals.items():
+                total += lower_histogram(bits, upper).cpu()
+    out: list[dict[int, Cut]] = []
+    for own, totals in zip(places, lowers):
+        cuts = {}
+        for rank, (upper, within, _) in own.items():
+            lower, ties, equal = locate(totals[upper], within)
+            cuts[rank] = settled(value_of(upper, lower), equal if all_ties else ties, equal)
+        out.append(cuts)
+    return out
 
 
 def small_cut(values: Tensor, keep: int, all_ties: bool = False) -> Cut:
@@ -146,10 +167,17 @@ def take(values: Tensor, cut: Cut) -> tuple[Tensor, Cut]:
     return above.add_(values * equal), Cut(cut.value, max(cut.ties - found, 0))
 
 
+def take_between(values: Tensor, outer: Cut, inner: Cut) -> tuple[Tensor, Cut, Cut]:
+    """Zero what the outer cut does not keep, and what the inner one does; returns as `take`, with both cuts."""
+    kept, outer = take(values, outer)
+    removed, inner = take(values, inner)
+    return kept.sub_(removed), outer, inner
+
+
 def trim(values: Tensor, density: float) -> Tensor:
     """The int(density n) entries of largest magnitude, zeros elsewhere. Shape kept; one flat tensor more."""
     zero = torch.zeros((), dtype=values.dtype, device=values.device).expand_as(values)
-    (cut,) = cuts_of(Operands("", [zero, values], True), kept_count(density, values.numel()))
+    (cut,) = cuts_of(Operands("", [zero, values], True), [kept_count(density, values.numel())])
     kept, _ = take(values.flatten(), cut)
     return kept.view_as(values)
 

@@ -16,6 +16,7 @@ Dialects, each with its own defaults, differ from that:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from fulgurite.methods.merging.base import STATISTIC, Piecewise
 from fulgurite.methods.merging.election import Aggregate, Election, merge_elected
+from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, each, for_each
 from fulgurite.methods.merging.plan import Operands, Plan
 from fulgurite.methods.merging.selection import (
     EVERYTHING,
@@ -46,7 +48,8 @@ class Ties(Piecewise):
     """Trim, elect, merge.
 
     Args:
-        density: fraction of entries kept; by default 0.2, and 1 in mergekit's dialect. The peft dialect has none.
+        density: fraction of entries kept, one or one per expert; by default 0.2, and 1 in mergekit's dialect. The
+            peft dialect has none.
         lam: multiple of the merged task vector.
         aggregate: ``mean`` (weighted), ``sum``, or ``max`` of the entries that agree.
         scope: of the fraction, and of the majority: a ``tensor`` or the whole ``model``; by default the model, and a
@@ -55,12 +58,12 @@ class Ties(Piecewise):
         dialect: whose rules; see above.
 
     Raises:
-        ValueError: density outside (0, 1], or none given to the peft dialect.
+        ValueError: density outside [0, 1], or none given to the peft dialect.
     """
 
     def __init__(
         self,
-        density: float | None = None,
+        density: PerExpert | None = None,
         lam: float = 1.0,
         aggregate: Aggregate = "mean",
         scope: Literal["tensor", "model"] | None = None,
@@ -71,10 +74,9 @@ class Ties(Piecewise):
             if dialect == "peft":
                 raise ValueError("dialect='peft' has no default density: give density")
             density = 1.0 if dialect == "mergekit" else 0.2
-        if not 0 < density <= 1:
-            raise ValueError(f"density lies above 0 and up to 1, got {density}")
         foreign = dialect in ("mergekit", "peft")
-        self.density, self.lam, self.dialect = density, lam, dialect
+        self.density, self.lam, self.dialect = check_fractions("density", density), lam, dialect
+        self.all_ties = dialect == "official"
         self.scope = scope or ("tensor" if foreign else "model")
         self.election = Election(
             vote=vote,
@@ -84,14 +86,21 @@ class Ties(Piecewise):
             divisor="count" if dialect == "peft" else "weights",
         )
 
+    def check(self, num_experts: int, has_base: bool, weights: Sequence[float] | None) -> list[float]:
+        """See `Merger.check`; also refuses another number of densities."""
+        weights = super().check(num_experts, has_base, weights)
+        for_each("density", self.density, num_experts)
+        return weights
+
     def begin(self, plan: Plan) -> str | None:
         """Forget an earlier merge; under a threshold over the model, look for it first."""
         super().begin(plan)
         sizes = {name: size for name, size in plan.sizes.items() if not STATISTIC.search(name)}
-        self.scanned = {"names": list(sizes), "keep": self.keep(sum(sizes.values())), "signs": 0.0}
+        keep = self.keep(sum(sizes.values()), plan.num_experts)
+        self.scanned = {"names": list(sizes), "keep": keep, "signs": 0.0}
         if self.scope == "tensor":
             return None
-        if self.density < 1:
+        if min(each(self.density)) < 1:
             return "bins"
         self.scanned |= {"cuts": {name: [EVERYTHING] * plan.num_experts for name in sizes}, "open": {}}
         return self.after_cuts()
@@ -127,7 +136,7 @@ class Ties(Piecewise):
     def settle(self, summary: Any) -> str | None:
         """Turn counts into a rank to look for, that into thresholds, and those into cuts of every tensor."""
         if self.stage == "bins":
-            self.scanned["places"] = [locate(histogram, self.scanned["keep"]) for histogram in summary]
+            self.scanned["places"] = [locate(histogram, keep) for histogram, keep in zip(summary, self.scanned["keep"])]
             return "values"
         if self.stage == "signs":
             self.scanned["signs"] = summary
@@ -135,9 +144,12 @@ class Ties(Piecewise):
         if self.stage == "values":
             places = self.scanned["places"]
             found = [locate(histogram, rank) for histogram, (_, rank, _) in zip(summary, places)]
-            values = [value_of(upper, lower) for (upper, _, _), (lower, _, _) in zip(places, found)]
+            values = [
+                value_of(upper, lower) if keep else math.inf
+                for (upper, _, _), (lower, _, _), keep in zip(places, found, self.scanned["keep"])
+            ]
             equal = [count for _, _, count in found]
-            ties = equal if self.dialect == "official" else [rank for _, rank, _ in found]
+            ties = equal if self.all_ties else [rank for _, rank, _ in found]
             self.scanned["split"] = Split(values, ties, equal)
             if self.scanned["split"].is_open:
                 return "ties"
@@ -146,11 +158,12 @@ class Ties(Piecewise):
         self.scanned["open"] = {}
         return self.after_cuts()
 
-    def keep(self, count: int) -> int:
-        """The rank of the threshold among ``count`` magnitudes."""
-        if self.dialect == "official":
-            return min(int(self.density * count) + 1, count)
-        return kept_count(self.density, count)
+    def keep(self, count: int, num_experts: int) -> list[int]:
+        """The rank of each expert's threshold among ``count`` magnitudes."""
+        densities = for_each("density", self.density, num_experts)
+        if self.all_ties:
+            return [min(int(density * count) + 1, count) for density in densities]
+        return [kept_count(density, count) for density in densities]
 
     def signs(self, deltas: Sequence[Tensor]) -> float:
         """Coordinates that vote plus, less those that vote minus, every expert with weight 1."""
@@ -161,7 +174,7 @@ class Ties(Piecewise):
         if self.scope == "model":
             cuts, signs = self.scanned["cuts"][operands.name], self.scanned["signs"]
         else:
-            cuts, signs = cuts_of(operands, self.keep(operands.num_entries), self.dialect == "official"), 0.0
+            cuts, signs = cuts_of(operands, self.keep(operands.num_entries, len(weights)), self.all_ties), 0.0
             if self.election.zero == "majority":
                 left = list(cuts)
                 for _, base, experts in operands.pieces():

@@ -65,7 +65,7 @@ def test_kept_count_is_the_floor_and_at_least_one():
 @pytest.mark.parametrize("count", [1000, SMALL + 1])
 def test_all_ties_may_be_kept(count):
     values = draw("tied", count)
-    (cut,) = cuts_of(Operands("x", [torch.zeros(count), values], True), count // 3, all_ties=True)
+    (cut,) = cuts_of(Operands("x", [torch.zeros(count), values], True), [count // 3], all_ties=True)
     kept, _ = take(values, cut)
     threshold = values.abs().sort(descending=True).values[count // 3 - 1]
     assert torch.equal(kept, values * (values.abs() >= threshold))
@@ -73,7 +73,7 @@ def test_all_ties_may_be_kept(count):
 
 def test_pieces_share_the_ties_that_are_left_and_do_not_change_the_cut():
     base, values = draw("plain", 9000), draw("tied", 9000)
-    cuts = [cuts_of(Operands("x", [base * 0, values, base], True, size=size), 3333) for size in (70, 9000)]
+    cuts = [cuts_of(Operands("x", [base * 0, values, base], True, size=size), [3333] * 2) for size in (70, 9000)]
     assert cuts[0] == cuts[1]
     cut, pieces = cuts[0][0], []
     for piece in values.split(70):

@@ -154,6 +154,6 @@ def test_densities_and_defaults():
     ] * 2
     with pytest.raises(ValueError, match="give density"):
         Ties(dialect="peft")
-    for wrong in (0.0, -0.1, 1.5, 20, math.nan):
-        with pytest.raises(ValueError, match="density lies above 0"):
+    for wrong in (-0.1, 1.5, 20, math.nan, [0.5, 2.0], []):
+        with pytest.raises(ValueError, match="density lies between 0 and 1"):
             Ties(wrong)
