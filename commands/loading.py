@@ -50,8 +50,9 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
         with Building(parsed, origin) as building:
             module = parser.instantiate(parsed, instantiators=[(building.through(build), object, True)]).model
     rebuild(module, manifest.structure)
-    if isinstance(module, AdaptedModule):
+    if hasattr(module, "restore"):
         module.restore(manifest.facts)
+    if isinstance(module, AdaptedModule):
         manifest.require_base(module.base_digest, str(folder))
     with naming_another(folder):
         module.load_state_dict(load_tensors(folder))

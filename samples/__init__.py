@@ -3,6 +3,7 @@
 from fulgurite.samples.collator import Batch, Collator, check_fields, check_picklable, sample_fields
 from fulgurite.samples.errors import DataError
 from fulgurite.samples.info import DataInfo, Stage, batches_within, first_stages, stage_of
+from fulgurite.samples.picture import Picture, pixels_of
 from fulgurite.samples.sample import Sample
 from fulgurite.samples.video import Video
 
@@ -11,6 +12,7 @@ __all__ = [
     "Collator",
     "DataError",
     "DataInfo",
+    "Picture",
     "Sample",
     "Stage",
     "Video",
@@ -18,6 +20,7 @@ __all__ = [
     "check_fields",
     "check_picklable",
     "first_stages",
+    "pixels_of",
     "sample_fields",
     "stage_of",
 ]

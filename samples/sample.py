@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fulgurite.samples.picture import Picture
 from fulgurite.samples.video import Video
 
 
@@ -25,7 +26,7 @@ class Sample:
         speech: subtitles of the video as one string.
         kind: question type, for accuracy by type.
         video: lazy video file.
-        image: (3, H, W) uint8 picture.
+        image: (3, H, W) uint8 picture, or the lazy file of one; `pixels_of` reads both.
         features: ready features by the name of their encoder, e.g. ``{"clip_vitl14": (N, 768)}``.
         options: candidate answers where the question is multiple choice.
         counted: False for the repeats that keep ranks in step; metrics and losses skip them.
@@ -40,7 +41,7 @@ class Sample:
     speech: str | None = None
     kind: str | None = None
     video: Video | None = None
-    image: Tensor | None = None
+    image: Tensor | Picture | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)
     options: tuple[str, ...] = ()
     counted: bool = True
