@@ -10,7 +10,7 @@ has it, would need another pass over all masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from fulgurite.methods.merging.election import Aggregate, Election, add_deltas, merge_elected
 
 Then = Literal["task_arithmetic", "average", "ties"]
-SMALLEST_NORM = 1e-7  # below which nothing is rescaled to it
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,3 @@ class Combine:
         total = sum(weights)
         divides = self.then == "average" and abs(total) >= 1e-8
         return add_deltas(base, experts, deltas, weights, self.lam / total if divides else self.lam, as_is)
-
-
-def l1_divisors(pairs: Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]], num_experts: int) -> list[float]:
-    """What to divide T thinned tensors by, so that their sums of magnitudes are those of the full ones.
-
-    Args:
-        pairs: pieces of the T full tensors and of the T thinned ones.
-        num_experts: T.
-    """
-    before, after = [0.0] * num_experts, [0.0] * num_experts
-    for full, thinned in pairs:
-        for number, (whole, kept) in enumerate(zip(full, thinned)):
-            before[number] += float(whole.abs().sum())
-            after[number] += float(kept.abs().sum())
-    return [a / b if min(a, b) >= SMALLEST_NORM else 1.0 for a, b in zip(after, before)]

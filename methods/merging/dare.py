@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from torch import Tensor
-
-from fulgurite.methods.merging.base import Piecewise
-from fulgurite.methods.merging.combine import Combine, Then, l1_divisors
+from fulgurite.methods.merging.combine import Combine, Then
 from fulgurite.methods.merging.election import Aggregate
 from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, for_each
 from fulgurite.methods.merging.plan import Operands
 from fulgurite.methods.merging.random import chosen
+from fulgurite.methods.merging.thinning import Thinned, Thinning
 
 
-class Dare(Piecewise):
+class Dare(Thinning):
     """Drop, rescale, combine.
 
     Args:
@@ -62,44 +60,20 @@ class Dare(Piecewise):
         aggregate = aggregate or ("sum" if dialect == "mergekit" else "mean")
         self.combine = Combine(then, lam, aggregate, as_peft=dialect == "peft")
 
-    def check(self, num_experts: int, has_base: bool, weights: Sequence[float] | None) -> list[float]:
-        """See `Merger.check`; also refuses another number of ``drop``."""
-        weights = super().check(num_experts, has_base, weights)
-        for_each("drop", self.drop, num_experts)
-        return weights
+    def settings(self, num_experts: int) -> list[tuple[float, ...]]:
+        """Of every expert 1 - p."""
+        return [(1 - drop,) for drop in for_each("drop", self.drop, num_experts)]
 
-    def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
-        """The combination of the thinned task vectors."""
-        densities = [1 - drop for drop in for_each("drop", self.drop, len(weights))]
-        divisors = self.divisors(operands, densities)
-        as_is = all(divisor == 1 for divisor in divisors)
+    def thinned(self, operands: Operands, settings: Sequence[tuple[float, ...]]) -> Iterator[Thinned]:
+        """See `Thinning.thinned`; of pieces."""
         for start, base, experts in operands.pieces():
-            deltas = [expert - base for expert in experts]
-            self.thin(operands.name, start, deltas, densities)
-            for delta, divisor in zip(deltas, divisors):
-                if divisor != 1:
-                    delta.div_(divisor)
-            yield self.combine(base, experts, deltas, weights, as_is)
-
-    def thin(self, name: str, start: int, deltas: Sequence[Tensor], densities: Sequence[float]) -> None:
-        """Drop entries of the pieces in place."""
-        for number, (delta, density) in enumerate(zip(deltas, densities)):
-            if density < 1:
-                mask = chosen(density, self.seed, "dare", number, name, delta.numel(), start)
-                delta.mul_(mask.to(delta.device))
-
-    def divisors(self, operands: Operands, densities: Sequence[float]) -> list[float]:
-        """What the thinned task vectors of one tensor are divided by."""
-        if self.rescale == "inverse_density":
-            return [density or 1.0 for density in densities]
-        if self.rescale == "none" or all(density == 1 for density in densities):
-            return [1.0] * len(densities)
-
-        def pairs() -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-            for start, base, experts in operands.pieces():
-                full = [expert - base for expert in experts]
-                thinned = [delta.clone() for delta in full]
-                self.thin(operands.name, start, thinned, densities)
-                yield full, thinned
-
-        return l1_divisors(pairs(), len(densities))
+            full, left = [expert - base for expert in experts], []
+            for number, (delta, (density,)) in enumerate(zip(full, settings)):
+                kept = delta.clone()
+                if density < 1:
+                    mask = chosen(density, self.seed, "dare", number, operands.name, delta.numel(), start)
+                    kept.mul_(mask.to(delta.device))
+                if 0 < density < 1 and self.rescale == "inverse_density":
+                    kept.div_(density)
+                left.append(kept)
+            yield base, experts, full, left

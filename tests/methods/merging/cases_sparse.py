@@ -1,4 +1,6 @@
+from fulgurite.methods.merging.breadcrumbs import Breadcrumbs
 from fulgurite.methods.merging.dare import Dare
+from fulgurite.methods.merging.della import Della
 from fulgurite.methods.merging.magmax import MagMax
 
 CASES = [
@@ -7,4 +9,9 @@ CASES = [
     (Dare(0.6, dialect="mergekit", then="average"), None, False),
     (MagMax(), None, False),
     (MagMax(lam=1.0), None, True),
+    (Della(density=1.0, lam=1.0), None, True),
+    (Della(), None, False),
+    (Breadcrumbs(density=1.0, lam=1.0), None, True),
+    (Breadcrumbs(density=0.5, gamma=[0.1, 0.0, 0.3], then="ties"), 3, False),
+    (Breadcrumbs(density=0.5, gamma=0.2, dialect="official"), None, False),
 ]
