@@ -19,6 +19,11 @@ CARD_NAME = "README.md"
 STEPS = ("merge", "prune", "quantize", "export")
 MADE = {"merge": "merged from", "prune": "pruned from", "quantize": "quantized from", "export": "exported from"}
 STATE = "state.safetensors"  # of an optimizer, no part of the model
+LOADERS = {
+    "transformers": ("from transformers import AutoModel", "model = AutoModel.from_pretrained({})", ""),
+    "timm": ("import timm", "model = timm.create_model({}, pretrained=True)", "local-dir:"),
+    "open_clip": ("import open_clip", "model, _, preprocess = open_clip.create_model_and_transforms({})", "local-dir:"),
+}
 SHOWN = 12  # tensors with the largest change
 CACHED = re.compile(r"(?:^|/)models--(?:([\w.-]+?)--)?([\w.-]+?)/snapshots/", re.ASCII)
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
@@ -52,8 +57,8 @@ def front_matter(manifest: Manifest) -> str:
         lines += ["base_model:", *(f"- {json.dumps(base)}" for base in bases)]
     if bases and step == "merge":
         lines.append("base_model_relation: merge")
-    if "config.json" in manifest.files:
-        lines.append("library_name: transformers")
+    if manifest.facts.get("library") in LOADERS:
+        lines.append(f"library_name: {manifest.facts['library']}")
     return "\n".join([*lines, "---", ""])
 
 
@@ -117,9 +122,10 @@ def scores_text(metrics: Mapping[str, Any]) -> str:
 
 def loading_text(manifest: Manifest, name: str) -> str:
     """Code that loads it, where ``name`` lies in the working folder."""
-    path = repr(name)
-    if "config.json" in manifest.files:
-        return block(["from transformers import AutoModel", "", f"model = AutoModel.from_pretrained({path})"], "python")
+    path, library = repr(name), manifest.facts.get("library")
+    if library in LOADERS:
+        imported, call, prefix = LOADERS[library]
+        return block([imported, "", call.format(repr(prefix + name))], "python")
     if "model" in manifest.settings:
         python = block(["import fulgurite", "", f"module = fulgurite.load({path})"], "python")
         return f"{python}\n\n{block([f'fulgurite test --ckpt_path {shlex.quote(visible(name))}'], 'sh')}"
@@ -163,6 +169,15 @@ def parts_of(manifest: Manifest) -> list[str]:
         return ["source"] * parents
     experts = [f"expert {number}, weight {weight:g}" for number, weight in enumerate(weights, 1)]
     return experts if len(weights) == parents else ["base", *experts]
+
+
+def library_of(texts: Mapping[str, bytes]) -> str | None:
+    """The library that reads a folder with these documents, a fact that a card tells by ``library``."""
+    if "open_clip_config.json" in texts:
+        return "open_clip"
+    if "config.json" not in texts:
+        return None
+    return "timm" if "architecture" in json.loads(texts["config.json"]) else "transformers"
 
 
 def hub_name(path: str) -> str | None:

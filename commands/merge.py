@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
+from fulgurite.commands import mergekit
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import values_of
@@ -20,11 +21,14 @@ from fulgurite.commands.tables import console, plain_table
 from fulgurite.commands.yaml_loader import load_file
 
 if TYPE_CHECKING:
+    from fulgurite.checkpoints import Manifest
     from fulgurite.methods.merging.job import Job
+    from fulgurite.methods.merging.writing import Describe
 
 DESCRIPTION = """Merge models of one architecture that lie in files: checkpoints and artefacts of fulgurite, Hugging
 Face, open_clip and timm folders, single safetensors files. The result is an artefact: a checkpoint folder."""
 MERGERS = "fulgurite.methods.merging."
+FLAGS = ("--dry_run", "--report")
 SHOWN = 12  # tensors with the largest change in the table
 
 
@@ -41,12 +45,13 @@ def run(command: str, argv: list[str]) -> int:
         parser = parser_of()
         try:
             options = parser.parse_args(with_flag(argv))
-            merger = parser.instantiate_classes(options).merger
+            require_task(options)
+            merger = None if options.merger is None else parser.instantiate_classes(options).merger
         except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
             raise ConfigError(unknown_merger(argv) or str(error)) from error
     try:
         job = prepared(merger, options)
-        return preview(job) if options.dry_run else merge(job)
+        return preview(job) if options.dry_run else merge(job, options.report)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -64,11 +69,12 @@ def parser_of() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_argument(
-        "--sources", type=list[str], required=True, help="models to merge, in order; globs are expanded"
+        "--sources", type=list[str] | None, default=None, help="models to merge, in order; globs are expanded"
     )
+    parser.add_argument("--mergekit", type=str | None, default=None, help="configuration of mergekit to run instead")
     parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
     parser.add_argument("--base", type=str | None, default=None, help="model that the sources were fine-tuned from")
-    parser.add_subclass_arguments(Merger, "merger", required=True, help="how to merge")
+    parser.add_subclass_arguments(Merger, "merger", required=False, help="how to merge")
     parser.add_argument("--weights", type=list[float] | None, default=None, help="one per source; default: 1 for each")
     kinds = Literal["float16", "bfloat16", "float32", "float64"]
     parser.add_argument("--dtype", type=kinds | None, default=None, help="of the result; default: the base's")
@@ -78,6 +84,9 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--like", type=str | None, default=None, help="folder with configuration and tokenizer")
     parser.add_argument("--max_shard_size", type=str, default="50GB", help="of one file of weights of such a folder")
     parser.add_argument("--threads", type=int | None, default=None, help="tensors at a time; default: all cores")
+    parser.add_argument(
+        "--report", type=bool, default=False, help="add report.html: how alike the sources' changes are"
+    )
     parser.add_argument("--dry_run", type=bool, default=False, help="print plan, memory and disk; write nothing")
     parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
     return parser
@@ -94,12 +103,22 @@ def unknown_merger(argv: Sequence[str]) -> str | None:
 
 
 def with_flag(argv: Sequence[str]) -> list[str]:
-    """``--dry_run`` alone means true."""
+    """A flag alone means true."""
     out = []
     for position, argument in enumerate(argv):
         following = argv[position + 1] if position + 1 < len(argv) else "--"
-        out.append("--dry_run=true" if argument == "--dry_run" and following.startswith("--") else argument)
+        out.append(f"{argument}=true" if argument in FLAGS and following.startswith("--") else argument)
     return out
+
+
+def require_task(options: Any) -> None:
+    """Refuse options without which there is nothing to do, or that say it twice."""
+    if options.mergekit is None:
+        missing = [name for name in ("sources", "merger") if getattr(options, name, None) is None]
+        if missing:
+            raise ConfigError(f"merge needs {' and '.join(missing)}, or the configuration of --mergekit")
+    elif twice := mergekit.conflicts(options):
+        raise ConfigError(f"{', '.join(twice)}: the configuration of --mergekit says that; leave it out")
 
 
 def expanded(patterns: Sequence[str]) -> list[Path]:
@@ -125,6 +144,11 @@ def prepared(merger: Any, options: Any) -> Job:
     from fulgurite.methods.merging.files import prepare
     from fulgurite.methods.merging.plan import Matching
 
+    shard_bytes = parsed_size(options.max_shard_size)
+    if options.mergekit is not None:
+        job, remarks = mergekit.prepared(Path(options.mergekit), Path(options.out), options.threads, shard_bytes)
+        console().print(*remarks, sep="\n", end="\n" if remarks else "")
+        return job
     return prepare(
         expanded(options.sources),
         options.out,
@@ -136,16 +160,16 @@ def prepared(merger: Any, options: Any) -> Job:
         options.threads,
         {"merge": {"class_path": options.merger.class_path, "init_args": dict(options.merger.get("init_args") or {})}},
         options.like,
-        parsed_size(options.max_shard_size),
+        shard_bytes,
     )
 
 
-def merge(job: Job) -> int:
-    """Do it, and print what changed most."""
+def merge(job: Job, report: bool = False) -> int:
+    """Do it, with a ``report.html`` where wanted, and print what changed most."""
     from fulgurite.methods.merging.writing import carry_out
 
     with progress(sum(job.plan.sizes.values()), sum(source.num_bytes for source in job.sources)) as seen:
-        done = carry_out(job, seen=seen)
+        done = carry_out(job, seen=seen, describe=report_of(job) if report else None)
     start = "base" if job.plan.has_base else "first source"
     table = plain_table(f"Change from the {start}", "tensor", "relative norm")
     ranked = sorted(done.change.items(), key=lambda item: -item[1])
@@ -159,9 +183,33 @@ def merge(job: Job) -> int:
     return DONE
 
 
+def report_of(job: Job) -> Describe:
+    """Makes ``report.html`` of the weights in a folder.
+
+    Raises:
+        ConfigError: there is no tensor that all sources have a part in.
+    """
+    from fulgurite.checkpoints.lineage import lineage_of
+    from fulgurite.checkpoints.tensorfile import map_file
+    from fulgurite.methods.merging.diagnostics import comparable, diagnose_plan
+    from fulgurite.reports.merging import REPORT_NAME, merge_page
+
+    if not comparable(job.plan):
+        raise ConfigError("report: no tensor is merged from all sources, so there is nothing to compare; leave it out")
+    names = [str(source.path) for source in job.sources[job.plan.has_base :]]
+
+    def describe(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+        merged = {name: tensor for file in job.layout.weights for name, tensor in map_file(folder / file).items()}
+        found = diagnose_plan(job.plan, merged)
+        page = merge_page(found, names, job.plan.has_base, lineage_of(manifest, job.out))
+        return {REPORT_NAME: page.encode()}
+
+    return describe
+
+
 def preview(job: Job) -> int:
     """Print what a merge would read, hold and write."""
-    table = plain_table(f"{type(job.merger).__name__} into {job.out}", "source", "tensors", "MB")
+    table = plain_table(f"{job.manifest.settings['merger']} into {job.out}", "source", "tensors", "MB")
     for source in job.sources:
         table.add_row(str(source.path), f"{len(source.tensors):,}", f"{source.num_bytes / 1e6:,.1f}")
     plan, files = job.plan, {**job.layout.weights, **job.layout.texts}

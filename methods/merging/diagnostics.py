@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.methods.merging.layerwise import LAYER
-from fulgurite.methods.merging.plan import Matching, StateDict, plan_of
+from fulgurite.methods.merging.plan import Matching, Plan, StateDict, plan_of
 
 PIECE = 2**18  # elements of one piece: 2 MiB of each model in float64
 
@@ -133,50 +133,79 @@ def diagnose(
     matching: Matching | None = None,
     piece: int = PIECE,
 ) -> dict[str, Alikeness]:
-    """The alikeness of T models in every tensor that is merged and not empty, in the order of the model.
-
-    One pass over the data, in pieces: holds ``piece`` elements of each model in float64, and 3 T^2 numbers per tensor.
+    """The alikeness of T models in every tensor that a merge of them would merge; see `diagnose_plan`.
 
     Args:
         experts: T mappings, mapped files will do.
         base: the model that they were fine-tuned from; the mean of the experts by default.
-        merged: what was made of them, of the base's type: where it was stored in another one, rounding counts as a
-            change.
+        merged: what was made of them.
         matching: what happens to entries that differ, as in the merge.
-        piece: elements; the result depends on it by rounding only.
+        piece: elements.
 
     Raises:
         ValueError: the models do not fit together, or one holds NaN.
     """
-    models = [*experts] if merged is None else [*experts, merged]
-    plan = plan_of(models, base, matching)
-    sizes, out = plan.sizes, {}
-    for name in plan.order:
-        if sizes.get(name):
-            parts = plan.operands(name, piece).pieces()
-            out[name] = reduce(add, (alikeness(start, given, merged is not None) for _, start, given in parts))
-    return out
+    return diagnose_plan(plan_of(experts, base, matching), merged, piece)
 
 
-def alikeness(base: Tensor | None, models: Sequence[Tensor], has_merged: bool = False) -> Alikeness:
+def diagnose_plan(plan: Plan, merged: StateDict | None = None, piece: int = PIECE) -> dict[str, Alikeness]:
+    """The alikeness of the models of a merge in every tensor of `comparable`.
+
+    One pass over the data, in pieces: holds ``piece`` elements of each model in float64, and 3 T^2 numbers per tensor.
+
+    Args:
+        plan: the models.
+        merged: what was made of them, of the base's type: where it was stored in another one, rounding counts as a
+            change.
+        piece: elements; the result depends on it by rounding only.
+
+    Raises:
+        ValueError: a model holds NaN, or a merged tensor has another shape.
+    """
+    return {name: _of_tensor(plan, name, None if merged is None else merged[name], piece) for name in comparable(plan)}
+
+
+def comparable(plan: Plan) -> list[str]:
+    """Names of the merged tensors that are not empty and that all models have a part in, in the order of the model."""
+    everyone = list(range(plan.num_experts + plan.has_base))
+    sizes = plan.sizes
+    return [name for name in plan.order if sizes.get(name) and list(plan.models(name)) == everyone]
+
+
+def _of_tensor(plan: Plan, name: str, merged: Tensor | None, piece: int) -> Alikeness:
+    operands, flat = plan.operands(name, piece), None
+    if merged is not None:
+        if merged.shape != operands.shape:
+            raise ValueError(f"{name}: the merged tensor is {tuple(merged.shape)}, the models' {tuple(operands.shape)}")
+        flat = merged.detach().reshape(-1)
+    return reduce(
+        add,
+        (
+            alikeness(base, experts, None if flat is None else flat[start : start + piece])
+            for start, base, experts in operands.pieces()
+        ),
+    )
+
+
+def alikeness(base: Tensor | None, models: Sequence[Tensor], merged: Tensor | None = None) -> Alikeness:
     """Of one flat piece.
 
     Args:
         base: theta_0, (N,); None for the mean of the experts.
-        models: T experts, and where ``has_merged`` the merged model, (N,) each.
+        models: T experts, (N,) each.
+        merged: what was made of them, (N,).
     """
-    values = torch.stack([model.double() for model in models])
-    experts = values[:-1] if has_merged else values
+    experts = torch.stack([model.double() for model in models])
     start = experts.mean(0) if base is None else base.double()
     base_square = start.square().sum()
-    values -= start
-    change = values[-1] if has_merged else torch.full_like(start, torch.nan)
+    experts -= start
+    change = torch.full_like(start, torch.nan) if merged is None else merged.to(start) - start
     signs = experts.sign().float()  # sums of up to 2^24 ones are exact
     filled = signs.abs()
     both, agreement = (filled @ filled.T).double(), (signs @ signs.T).double()
     number = filled.sum(0)
     touched = number > 0
-    kept = (touched & (change != 0)).sum().double() if has_merged else torch.full_like(base_square, torch.nan)
+    kept = torch.full_like(base_square, torch.nan) if merged is None else (touched & (change != 0)).sum().double()
     return Alikeness(
         size=torch.full_like(base_square, start.numel()),
         gram=experts @ experts.T,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from fulgurite.checkpoints import CheckpointError, DamagedError, Manifest, RefusedError
-from fulgurite.checkpoints.card import CARD_NAME, card
+from fulgurite.checkpoints.card import CARD_NAME, card, library_of
 from fulgurite.checkpoints.digest import Digest, FileRecord, tensor_bytes
 from fulgurite.checkpoints.inplace import fill, records_of, reserve
 from fulgurite.checkpoints.store import write_checkpoint
 from fulgurite.checkpoints.tensorfile import TensorRecord
 from fulgurite.methods.merging.base import survey
 from fulgurite.methods.merging.job import Job, Merged
+from fulgurite.methods.papers import papers_of
 from fulgurite.methods.ranks import ALONE, Ranks
 
 Seen = Callable[[str, int], None]
+Describe = Callable[[Path, Manifest], Mapping[str, bytes]]
 FAILURES = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
-def carry_out(job: Job, ranks: Ranks = ALONE, seen: Seen | None = None) -> Merged:
-    """Merge and publish; arguments and errors are those of `merge_files`."""
-    writing = _Writing(job, ranks, seen)
+def carry_out(job: Job, ranks: Ranks = ALONE, seen: Seen | None = None, describe: Describe | None = None) -> Merged:
+    """Merge and publish; other arguments and errors are those of `merge_files`.
+
+    Args:
+        describe: makes documents for the artefact of the folder with its weights and of the manifest so far; on rank 0.
+    """
+    writing = _Writing(job, ranks, seen, describe)
     with one_kernel_thread(job.threads > 1 or job.merger.piecewise):
         survey(job.merger, job.plan, job.threads, ranks, job.piece_size, seen)
         if ranks.rank == 0:
@@ -52,8 +58,8 @@ def one_kernel_thread(wanted: bool) -> Iterator[None]:
 class _Writing:
     """Merged tensors as pieces, with a look at what changed and a digest of what is handed on."""
 
-    def __init__(self, job: Job, ranks: Ranks, seen: Seen | None) -> None:
-        self.job, self.ranks, self.seen = job, ranks, seen
+    def __init__(self, job: Job, ranks: Ranks, seen: Seen | None, describe: Describe | None) -> None:
+        self.job, self.ranks, self.seen, self.describe = job, ranks, seen, describe
         self.plan, self.like, self.files, self.done = job.plan, job.like, job.layout.weights, Merged(job.out)
         self.change: dict[str, float] = {}
         self.digests: dict[str, str] = {}
@@ -82,6 +88,8 @@ class _Writing:
             first = given[0][part].to(merged.dtype)
             moved += square_sum(merged - first)
             norm += square_sum(first)
+            for model in set(range(len(self.equal))) - set(models):
+                self.equal[model] = False
             for model, tensor in zip(models, given):
                 if self.equal[model] and not torch.equal(merged, tensor[part].to(merged.dtype)):
                     self.equal[model] = False
@@ -109,6 +117,11 @@ class _Writing:
             equal = [all(flags) for flags in zip(*(flags for _, flags, _ in parts))]
             self.done.equal_to += [label for label, same in zip(self.plan.labels, equal) if same]
 
+    def documents(self, folder: Path, manifest: Manifest) -> dict[str, bytes]:
+        """The model card, and what else was asked for."""
+        more = {} if self.describe is None else self.describe(folder, manifest)
+        return {CARD_NAME: card(manifest, self.job.out.name).encode(), **more}
+
     def records(self, folder: Path) -> dict[str, tuple[FileRecord, dict[str, TensorRecord]]]:
         """The records of the weight files, mapped anew.
 
@@ -124,11 +137,6 @@ class _Writing:
                         f"{folder / file}: {name} reads {record.digest} and was written as {self.digests[name]}"
                     )
         return out
-
-
-def card_of(manifest: Manifest, out: Path) -> dict[str, bytes]:
-    """The model card as a document."""
-    return {CARD_NAME: card(manifest, out.name).encode()}
 
 
 def square_sum(values: Tensor) -> float:
@@ -153,13 +161,13 @@ def _publish(writing: _Writing) -> None:
                 f"the merge equals {' and '.join(equal_to)} in every tensor: the sources are the same, or the "
                 "settings do nothing"
             )
-        job.manifest.facts["change"] = writing.done.change
+        job.manifest.facts |= {"change": writing.done.change, "papers": papers_of(job.merger)}
+        if library := library_of(job.layout.texts):
+            job.manifest.facts["library"] = library
         return writing.records(folder)
 
     try:
-        write_checkpoint(
-            job.out, job.manifest, {}, job.layout.texts, others=others, describe=lambda _, own: card_of(own, job.out)
-        )
+        write_checkpoint(job.out, job.manifest, {}, job.layout.texts, others=others, describe=writing.documents)
     except FAILURES as caught:
         error = caught
     if waiting:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from fulgurite.checkpoints import read_manifest, verify
-from fulgurite.checkpoints.card import CARD_NAME, block, card, code, heading, hub_name
+from fulgurite.checkpoints.card import CARD_NAME, block, card, code, heading, hub_name, library_of
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 
 HOSTILE = [
@@ -145,9 +145,27 @@ def test_what_loads_it_depends_on_what_it_is():
     assert "fulgurite.load('m $x')" in text
     assert "test --ckpt_path 'm $x'" in text
     assert "Secret" not in text
-    manifest.files["config.json"] = None
-    assert "AutoModel.from_pretrained('m')" in card(manifest, "m")
-    assert yaml.safe_load(card(manifest, "m").split("---\n")[1])["library_name"] == "transformers"
+    for library, call in (
+        ("transformers", "AutoModel.from_pretrained('m')"),
+        ("timm", "timm.create_model('local-dir:m', pretrained=True)"),
+        ("open_clip", "open_clip.create_model_and_transforms('local-dir:m')"),
+    ):
+        manifest.facts["library"] = library
+        assert call in card(manifest, "m")
+        assert yaml.safe_load(card(manifest, "m").split("---\n")[1])["library_name"] == library
+
+
+@pytest.mark.parametrize(
+    ("texts", "library"),
+    [
+        ({"config.json": b'{"architectures": ["ViT"]}'}, "transformers"),
+        ({"config.json": b'{"architecture": "vit_base"}'}, "timm"),
+        ({"config.json": b"{}", "open_clip_config.json": b"{}"}, "open_clip"),
+        ({"state.json": b"{}"}, None),
+    ],
+)
+def test_the_configuration_tells_the_library(texts, library):
+    assert library_of(texts) == library
 
 
 def test_a_checkpoint_of_no_step_has_a_card(tmp_path):

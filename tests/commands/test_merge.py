@@ -97,3 +97,21 @@ print(json.dumps([code, [n for n in ("lightning", "transformers", "timm", "torch
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [0, []]
+
+
+def test_a_report_lies_in_the_artefact_and_is_covered_by_its_digests(models, tmp_path):
+    base, tuned = models
+    argv = ("--sources", "[ft*.safetensors]", *BASED, "--merger.lam", "0.4")
+    assert main(["merge", *argv, "--report", "--out", "out"]) == 0
+    assert verify("out").ok
+    page = (tmp_path / "out" / "report.html").read_text()
+    for part in ("<h1>out</h1>", "3 models merged by TaskArithmetic", "ft2.safetensors", "Model kinship", "Merge tree"):
+        assert part in page
+    change = torch.cat([(tuned[0][name] - base[name]).flatten() for name in base]).norm()
+    assert f">{change:.4f}<" in page
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "[arXiv 2212.04089](https://arxiv.org/abs/2212.04089)" in card
+    assert "- expert 3, weight 1: `ft2.safetensors`" in card
+    assert main(["merge", *argv, "--out", "plain"]) == 0
+    assert not (tmp_path / "plain" / "report.html").exists()
+    assert (tmp_path / "plain" / "README.md").is_file()

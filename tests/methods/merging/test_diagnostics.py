@@ -1,11 +1,13 @@
 """Kinship and sign conflicts against slow plain formulas, and where they have no value."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fulgurite.methods.merging.diagnostics import by_layer, diagnose, over_pairs, whole
+from fulgurite.methods.merging.diagnostics import by_layer, comparable, diagnose, diagnose_plan, over_pairs, whole
+from fulgurite.methods.merging.plan import Matching, plan_of
 
 
 def flat(state, names):
@@ -164,3 +166,18 @@ def test_models_with_nothing_in_common_are_refused():
         whole(diagnose([{"n": torch.tensor(3)}] * 2))
     with pytest.raises(ValueError, match="holds NaN in a"):
         diagnose([{"a": torch.tensor([torch.nan])}], {"a": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"a: the merged tensor is \(3,\), the models' \(2,\)"):
+        diagnose([{"a": torch.ones(2)}], {"a": torch.zeros(2)}, {"a": torch.ones(3)})
+
+
+def test_only_tensors_that_all_models_have_a_part_in_are_compared(experts, base):
+    for expert in experts[1:]:
+        expert["head.weight"] = expert["head.weight"][:2]
+    plan = plan_of(experts, base, Matching(rows="common"))
+    plan = replace(plan, owners={"embed.weight": [0, 2, 1, 3], "conv.weight": [0, 1, 2, 3], "scale": [0, 1]})
+    assert set(plan.merged) - set(comparable(plan)) == {"embed.weight", "scale"}
+    cut = {n: t[:2] if n == "head.weight" else t for n, t in base.items()}
+    found = diagnose_plan(plan, cut)
+    assert set(found) == set(comparable(plan))
+    assert found["head.weight"].size == 12
+    assert found["head.weight"].merged_square == 0
