@@ -120,7 +120,7 @@ class _Writing:
     def documents(self, folder: Path, manifest: Manifest) -> dict[str, bytes]:
         """The model card, and what else was asked for."""
         more = {} if self.describe is None else self.describe(folder, manifest)
-        return {CARD_NAME: card(manifest, self.job.out.name).encode(), **more}
+        return {**card_of(manifest, self.job.out), **more}
 
     def records(self, folder: Path) -> dict[str, tuple[FileRecord, dict[str, TensorRecord]]]:
         """The records of the weight files, mapped anew.
@@ -137,6 +137,11 @@ class _Writing:
                         f"{folder / file}: {name} reads {record.digest} and was written as {self.digests[name]}"
                     )
         return out
+
+
+def card_of(manifest: Manifest, out: Path) -> dict[str, bytes]:
+    """The model card as a document."""
+    return {CARD_NAME: card(manifest, out.name).encode()}
 
 
 def square_sum(values: Tensor) -> float:
