@@ -25,6 +25,10 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 TYPE_KEYS = ("dtype", "torch_dtype")
+TOKENIZER = re.compile(
+    r"tokenizer.*|.*\.tiktoken|.*\.model|vocab\.(json|txt)|merges\.txt|added_tokens\.json|special_tokens_map\.json|"
+    r"chat_template\.\w+"
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def layout_of(
     files: Sequence[Path] = (),
     changes: Changes | None = None,
     max_shard_bytes: int | None = None,
+    tokenizer: Path | None = None,
 ) -> Layout:
     """The files of an artefact with tensors of these types and shapes.
 
@@ -90,6 +95,7 @@ def layout_of(
         files: weight files of that folder.
         changes: what is written into the configuration.
         max_shard_bytes: of a weight file; more is written in shards under an index.
+        tokenizer: folder whose tokenizer takes the place of that of ``folder``.
 
     Raises:
         RefusedError: the configuration cannot say what has changed.
@@ -100,10 +106,10 @@ def layout_of(
     config = config_of(folder)
     if config is None:
         raise MissingError(f"{folder} has none of {', '.join(CONFIGS)}: name a model folder of another library")
-    texts = {}
-    for path in companions(folder):
-        with reading(path):
-            texts[path.name] = path.read_bytes()
+    texts = texts_of(folder)
+    if tokenizer is not None:
+        texts = {name: text for name, text in texts.items() if not TOKENIZER.fullmatch(name)}
+        texts |= {name: text for name, text in texts_of(tokenizer).items() if TOKENIZER.fullmatch(name)}
     texts[config.name] = changed_config(config, texts, changes or Changes())
     name = weights_name(folder, files)
     if max_shard_bytes is None or num_bytes(like) <= max_shard_bytes:
@@ -112,6 +118,15 @@ def layout_of(
         raise RefusedError(f"a model with {config.name} has one file of weights: leave out max_shard_size")
     weights = shards(like, name, max_shard_bytes)
     return Layout(weights, texts | {f"{name}.index.json": index_text(like, weights)})
+
+
+def texts_of(folder: Path) -> dict[str, bytes]:
+    """The files beside the weights of a model folder."""
+    texts = {}
+    for path in companions(folder):
+        with reading(path):
+            texts[path.name] = path.read_bytes()
+    return texts
 
 
 def num_bytes(like: Mapping[str, Tensor]) -> int:
@@ -227,6 +242,17 @@ def vocabulary(folder: Path, texts: Mapping[str, bytes]) -> dict[str, int]:
         return {**tokens, **{added["content"]: added["id"] for added in value.get("added_tokens", [])}}
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{folder / name} is no tokenizer: {error!r}") from error
+
+
+def vocabulary_of(folder: Path) -> tuple[int | None, dict[str, int]]:
+    """``vocab_size`` of a model folder's configuration, and the numbers of its tokens; None and empty where unknown."""
+    if not folder.is_dir():
+        return None, {}
+    texts, name = texts_of(folder), "config.json"
+    value = read_config(folder / name, texts[name]) if name in texts else {}
+    parts = [value, *(part for part in value.values() if isinstance(part, dict))]
+    sizes = [part["vocab_size"] for part in parts if isinstance(part.get("vocab_size"), int)]
+    return (sizes[0] if sizes else None), vocabulary(folder, texts)
 
 
 def parsed_size(text: str) -> int:

@@ -24,7 +24,7 @@ SMALLEST = 2**12  # entries of a piece at least
 COPIES = 8  # of a piece that a merger makes beside those of the sources, at most
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
     """A merge that was found possible and has not begun.
 
@@ -102,6 +102,7 @@ def job_of(
     owner: Path | None,
     changes: Changes,
     max_shard_bytes: int | None,
+    tokenizer: Path | None = None,
 ) -> Job:
     """A job with the files that its result gets.
 
@@ -109,6 +110,7 @@ def job_of(
         first: whose module is rebuilt of the result.
         owner: model folder of another library that gives configuration and tokenizer.
         changes: what that configuration must say.
+        tokenizer: folder whose tokenizer takes the place of that of ``owner``.
         others: see `Job` and `prepare`.
 
     Raises:
@@ -119,7 +121,7 @@ def job_of(
     parents = [{"path": str(source.path), "digest": source.digest} for source in sources]
     manifest = new_manifest(parents=parents, structure=structure, settings=settings)
     files = next((source.files for source in sources if source.path == owner), ())
-    layout = layout_of(result_like(plan, dtypes), owner, files, changes, max_shard_bytes)
+    layout = layout_of(result_like(plan, dtypes), owner, files, changes, max_shard_bytes, tokenizer)
     job = Job(out, plan, merger, weights, manifest, layout, dtypes, threads or os.cpu_count() or 1, sources)
     require_space(out, job.num_bytes)
     return job
