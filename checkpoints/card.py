@@ -88,9 +88,10 @@ def method_text(manifest: Manifest) -> str:
     papers = [str(paper) for paper in manifest.facts.get("papers", [])]
     links = [ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", p) if ARXIV.fullmatch(p) else code(p) for p in papers]
     after = f" ({', '.join(links)})" if links else ""
-    settings = {key: value for key, value in manifest.settings.items() if key not in (*STEPS, "model")}
-    shown = {**settings, **found}
-    text = json.dumps(shown, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+    # A checkpoint of a run has the settings of the whole run.
+    own = ("merger", "weights") if "model" in manifest.settings else set(manifest.settings) - set(STEPS)
+    settings = {key: manifest.settings[key] for key in own if key in manifest.settings}
+    text = json.dumps({**settings, **found}, indent=2, sort_keys=True, ensure_ascii=False, default=str)
     return f"{code(method_of(manifest))}{after}, with\n\n{block(text.splitlines(), 'json')}"
 
 

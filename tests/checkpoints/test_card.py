@@ -140,7 +140,7 @@ def test_the_code_that_loads_it_names_the_folder(name):
 def test_what_loads_it_depends_on_what_it_is():
     manifest = merge_manifest()
     assert "load_tensors('m')" in card(manifest, "m")
-    manifest.settings["model"] = {"class_path": "Secret"}
+    manifest.settings |= {"model": {"class_path": "Secret"}, "data": {"class_path": "Secret"}}
     text = card(manifest, "m $x")
     assert "fulgurite.load('m $x')" in text
     assert "test --ckpt_path 'm $x'" in text
