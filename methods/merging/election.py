@@ -32,6 +32,7 @@ class Election:
         zero: the sign where a vote is tied: plus, or the ``majority`` sign given to `merge_elected`.
         aggregate: what is made of the agreeing entries.
         divisor: of the mean: the sum of the agreeing ``weights`` in magnitude, or their ``count``.
+        floor: the least that the mean is divided by.
     """
 
     vote: Literal["total", "frequency"] = "total"
@@ -39,6 +40,7 @@ class Election:
     zero: Literal["majority", "positive"] = "majority"
     aggregate: Aggregate = "mean"
     divisor: Literal["weights", "count"] = "weights"
+    floor: float = 0.0
 
     def votes(self, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The sum that decides the sign, in the shape of one delta."""
@@ -85,7 +87,7 @@ def merge_elected(
     """
     signs = election.signs(deltas, weights, majority)
     by_weight = election.divisor == "weights"
-    plain = all(weight == 1 for weight in weights) or (by_weight and all(weight > 0 for weight in weights))
+    plain = all(weight == 1 for weight in weights) or (by_weight and min(weights) > max(election.floor, 0))
     averages = election.aggregate == "mean" or len(deltas) == 1
     # theta_0 + (theta_i - theta_0) is theta_i but for its last bit, so average the experts' own values where possible.
     direct = as_is and lam == 1 and averages and plain
@@ -109,7 +111,7 @@ def merge_elected(
         absent = divisor.eq(0).to(base.dtype)
         return total.addcmul_(absent, base).div_(divisor.add_(absent))
     if election.aggregate == "mean":
-        total.div_(divisor.clamp_min_(torch.finfo(base.dtype).tiny))
+        total.div_(divisor.clamp_min_(max(election.floor, torch.finfo(base.dtype).tiny)))
     return torch.addcmul(base, total, signs, value=lam)
 
 

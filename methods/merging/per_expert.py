@@ -46,7 +46,14 @@ def refuse_weights(merger: str, weights: Sequence[float]) -> list[float]:
     return list(weights)
 
 
-def refuse_more_than_one(merger: str, num_experts: int) -> None:
-    """Raise a ValueError if there are several experts."""
-    if num_experts > 1:
-        raise ValueError(f"{merger} merges one model into its base, got {num_experts}")
+def refuse_several(merger: str, weights: Sequence[float]) -> list[float]:
+    """The weight of one expert, if it is 1.
+
+    Raises:
+        ValueError: there are several, or it is not: how much of the expert is taken is the merger's to say.
+    """
+    if len(weights) > 1:
+        raise ValueError(f"{merger} merges one model into its base, got {len(weights)}")
+    if weights[0] != 1:
+        raise ValueError(f"{merger} weighs its model by itself; leave out the weight {weights[0]}")
+    return list(weights)

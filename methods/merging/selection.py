@@ -8,7 +8,7 @@ processes, and take 0.5 and 0.25 MiB. Doubles are compared as the floats that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,25 @@ def settled(value: float, ties: int, equal: int) -> Cut:
     return Cut(value, ties) if ties < equal else Cut(float(np.nextafter(np.float32(value), np.float32(-np.inf))), 0)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A rank among magnitudes: its ``value``, its rank among those that equal it, and how many ``equal`` it."""
+
+    value: float
+    ties: int
+    equal: int
+
+    @classmethod
+    def within(cls, histogram: Tensor, upper: int, rank: int) -> Place:
+        """From the histogram of the lower bits, and the rank in it, of those whose upper ones are ``upper``."""
+        lower, ties, equal = locate(histogram, rank)
+        return cls(value_of(upper, lower), ties, equal)
+
+    def cut(self, all_ties: bool = False) -> Cut:
+        """What keeps all entries up to this rank, or ``all_ties`` of it too."""
+        return settled(self.value, self.equal if all_ties else self.ties, self.equal)
+
+
 def cuts_of(operands: Operands, keep: Sequence[int], all_ties: bool = False) -> list[Cut]:
     """Where to cut the T task vectors of one tensor to keep the entries of largest magnitude.
 
@@ -105,47 +124,41 @@ def cuts_at(parts: Parts, count: int, ranks: Sequence[Sequence[int]], all_ties: 
         ranks: of each vector, how many entries are kept (0 to all): one cut for each of these numbers.
         all_ties: see `cuts_of`.
     """
-    inside = [{rank for rank in own if 0 < rank < count} for own in ranks]
-    found: list[dict[int, Cut]] = [{} for _ in ranks]
-    if any(inside) and count <= SMALL:
-        vectors = [torch.cat(pieces) for pieces in zip(*parts())]
-        found = [{k: small_cut(vector, k, all_ties) for k in own} for vector, own in zip(vectors, inside)]
-    elif any(inside):
-        found = large_cuts(parts, inside, all_ties)
+    found = places_of(parts, count, [[rank for rank in own if 0 < rank < count] for own in ranks])
     edge = {True: NOTHING, False: EVERYTHING}
-    return [[own.get(k, edge[k <= 0]) for k in each] for own, each in zip(found, ranks)]
+    return [[own[k].cut(all_ties) if k in own else edge[k <= 0] for k in wanted] for own, wanted in zip(found, ranks)]
 
 
-def large_cuts(parts: Parts, ranks: Sequence[Collection[int]], all_ties: bool) -> list[dict[int, Cut]]:
-    """Rank -> cut of each of V vectors, from histograms; see `cuts_at`."""
+def places_of(parts: Parts, count: int, ranks: Sequence[Sequence[int]]) -> list[dict[int, Place]]:
+    """Of V vectors of ``count`` entries, given ranks (1 for the largest magnitude, to ``count``) -> their places."""
+    if not any(ranks):
+        return [{} for _ in ranks]
+    if count <= SMALL:
+        vectors = [torch.cat(pieces) for pieces in zip(*parts())]
+        return [{rank: small_place(vector, rank) for rank in own} for vector, own in zip(vectors, ranks)]
     uppers = [torch.zeros(BINS if own else 0, dtype=torch.int64) for own in ranks]
     for pieces in parts():
         for total, piece in zip(uppers, pieces):
             if len(total):
                 total += upper_histogram(bits_of(piece)).cpu()
-    places = [{rank: locate(total, rank) for rank in own} for total, own in zip(uppers, ranks)]
-    lowers = [{at[0]: torch.zeros(LOWER, dtype=torch.int64) for at in own.values()} for own in places]
+    bins = [{rank: locate(total, rank) for rank in own} for total, own in zip(uppers, ranks)]
+    lowers = [{upper: torch.zeros(LOWER, dtype=torch.int64) for upper, _, _ in own.values()} for own in bins]
     for pieces in parts():
         for totals, piece in zip(lowers, pieces):
             bits = bits_of(piece) if totals else None
             for upper, total in totals.items():
                 total += lower_histogram(bits, upper).cpu()
-    out: list[dict[int, Cut]] = []
-    for own, totals in zip(places, lowers):
-        cuts = {}
-        for rank, (upper, within, _) in own.items():
-            lower, ties, equal = locate(totals[upper], within)
-            cuts[rank] = settled(value_of(upper, lower), equal if all_ties else ties, equal)
-        out.append(cuts)
-    return out
+    return [
+        {rank: Place.within(totals[upper], upper, inner) for rank, (upper, inner, _) in own.items()}
+        for own, totals in zip(bins, lowers)
+    ]
 
 
-def small_cut(values: Tensor, keep: int, all_ties: bool = False) -> Cut:
-    """Where to cut one flat tensor of a few entries."""
+def small_place(values: Tensor, rank: int) -> Place:
+    """Of one flat tensor of a few entries."""
     magnitude = values.abs().to(torch.float32)
-    value = magnitude.kthvalue(values.numel() - keep + 1).values
-    equal = int((magnitude == value).sum())
-    return settled(value.item(), equal if all_ties else keep - int((magnitude > value).sum()), equal)
+    value = magnitude.kthvalue(values.numel() - rank + 1).values
+    return Place(value.item(), rank - int((magnitude > value).sum()), int((magnitude == value).sum()))
 
 
 def take(values: Tensor, cut: Cut) -> tuple[Tensor, Cut]:
