@@ -23,14 +23,16 @@ from fulgurite.checkpoints import (
     load_tensors,
     read_manifest,
     remove,
-    save_checkpoint_folder,
 )
+from fulgurite.checkpoints.card import CARD_NAME, card
 from fulgurite.checkpoints.runs import readable_checkpoints
+from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.methods.adapters.bank import LIVE
 from fulgurite.methods.merging.base import Merger
-from fulgurite.methods.merging.files import merge_files
+from fulgurite.methods.merging.files import prepare
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
+from fulgurite.methods.merging.writing import carry_out
 from fulgurite.modules.adapted import INITIAL, AdaptedModule
 from fulgurite.samples import Stage
 
@@ -82,7 +84,7 @@ class MergeAtCheckpoint(Step):
     Of a delta over a frozen backbone the adapter sets are merged, on rank 0 and in memory. The result is in the live
     set, in that of the present stage and, for ``stages`` and ``stream``, in those of all trained stages, so that the
     artefact answers alike in every mode; routers and all else are those of the newest source. Of self-contained
-    checkpoints all weights are merged by `merge_files`.
+    checkpoints all weights are merged, as `merge_files` does, by all ranks.
 
     Args:
         merger: how.
@@ -224,17 +226,13 @@ class MergeAtCheckpoint(Step):
             ranks.agree(lambda: self._merge_sets(inputs, out, facts) if ranks.rank == 0 else None)
             return
         ranks.agree(lambda: remove(out) if ranks.rank == 0 else None)
-        merge_files(
-            inputs[self.num_before :],
-            out,
-            self.merger,
-            inputs[0] if self.num_before else None,
-            self.weights,
-            settings=manifest.settings,
-            ranks=ranks,
-            facts={**manifest.facts, **facts},
-            documents=documents_of(inputs[-1]),
+        base, experts = (inputs[0], inputs[1:]) if self.num_before else (None, inputs)
+        job = ranks.agree(
+            lambda: prepare(experts, out, self.merger, base, self.weights, settings=dict(manifest.settings))
         )
+        job.manifest.facts |= {**manifest.facts, **facts}
+        _, texts = encode({}, documents_of(inputs[-1]))
+        carry_out(job, ranks, describe=lambda *_: texts)
 
     def _merge_sets(self, inputs: Sequence[Path], out: Path, facts: Mapping[str, Any]) -> None:
         """The same for the adapter sets of deltas, which are small."""
@@ -261,16 +259,17 @@ class MergeAtCheckpoint(Step):
             if any(name.startswith(f"{SETS}{place}.") for name in tensors):
                 tensors |= {f"{SETS}{place}.{name}": tensor for name, tensor in merged.items()}
         weights = self.weights or [1.0] * len(experts)
-        save_checkpoint_folder(
-            out,
-            {"weights": tensors},
-            documents_of(newest),
+        merged_manifest = new_manifest(
             kind=manifest.kind,
             base=manifest.base,
             structure=manifest.structure,
             parents=[{"path": str(path), "digest": read_manifest(path).digest} for path in inputs],
             settings={**manifest.settings, "merger": type(merger).__name__, "weights": weights},
             facts={**manifest.facts, **facts, "change": changes(merged, base)},
+        )
+        documents = encode({"weights": tensors}, documents_of(newest))
+        write_checkpoint(
+            out, merged_manifest, *documents, describe=lambda _, own: {CARD_NAME: card(own, out.name).encode()}
         )
 
 
