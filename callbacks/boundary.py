@@ -184,6 +184,8 @@ class Boundary(pl.Callback):
                 except NotReady as reason:
                     rank_zero_info(f"{out.name}: not made, there are only {reason}")
                     return
+                if not step.scored:
+                    continue
                 label = f"{step.name}{'' if self.at == 'fit_end' else f', {at}'}"
                 self._evaluate(trainer, context, step, {"label": label, "step": facts["global_step"]})
 

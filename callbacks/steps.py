@@ -94,6 +94,7 @@ class Step(ABC):
 
     Attributes:
         kind: what its artefacts are called: ``merged``, ``pruned``, ``quantized``.
+        scored: whether what it makes can be evaluated with the module that made it.
         comes_first: whether it reads checkpoints of the run, and so cannot go on from another step.
 
     Args:
@@ -101,6 +102,7 @@ class Step(ABC):
     """
 
     kind: ClassVar[str]
+    scored: ClassVar[bool] = True
     comes_first: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:

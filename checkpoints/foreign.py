@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from fulgurite.checkpoints.atomic import fault, publish_folder, reading
-from fulgurite.checkpoints.digest import FileRecord, digest_of_file, digest_of_tensor
+from fulgurite.checkpoints.card import CARD_NAME, card
+from fulgurite.checkpoints.digest import FileRecord, digest_of_bytes, digest_of_file, digest_of_tensor
 from fulgurite.checkpoints.errors import RefusedError, WriteError
 from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest, write_manifest
 from fulgurite.checkpoints.tensorfile import TensorRecord, dtype_name, map_file
@@ -42,19 +43,24 @@ def require_space(out: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def foreign_folder(out: str | Path, manifest: Manifest) -> Iterator[Path]:
-    """Give a folder to fill with another library's files; at the end every file gets a digest, and all is published.
+def foreign_folder(out: str | Path, manifest: Manifest, replace: bool = False) -> Iterator[Path]:
+    """Give a folder to fill with another library's files; at the end they get card and digests, and all is published.
 
-    The block may load the folder and compare it, and raise: then nothing is left.
+    The block may load the folder and compare it, and raise: then nothing is left. With ``replace``, what is at ``out``
+    is replaced once the new folder is complete.
 
     Raises:
         RefusedError: ``out`` is there already.
         WriteError: the operating system refused.
     """
-    require_new(Path(out))
+    if not replace:
+        require_new(Path(out))
     with publish_folder(out) as folder:
         yield folder
         record_files(folder, manifest)
+        text = card(manifest, Path(out).name).encode()
+        (folder / CARD_NAME).write_bytes(text)
+        manifest.files[CARD_NAME] = FileRecord(len(text), digest_of_bytes(text))
         fault("before_manifest")
         write_manifest(folder, manifest)
 

@@ -205,7 +205,7 @@ def weights_of(module: nn.Module, sets: str | Mapping[str, float] | None) -> dic
     current = stages[stage] if 0 <= stage < len(stages) else None
     trained = [name for name in stages[: stage + 1] if name in bank.names]
     if sets is None:
-        if len(trained) > 1:
+        if len(trained) > 1 and not all(is_live(bank, name) for name in trained if name != current):
             raise RefusedError(
                 f"the run holds {len(trained)} trained adapter sets, {', '.join(trained)}, which it mixes anew for "
                 f"every sample; one folder holds one model. Choose with --set {trained[-1]}, or mix with --set "
@@ -225,6 +225,12 @@ def weights_of(module: nn.Module, sets: str | Mapping[str, float] | None) -> dic
         held = bank.live if name == current else name
         named[held] = named.get(held, 0.0) + share
     return named
+
+
+def is_live(bank: Any, name: str) -> bool:
+    """Whether a set has the values of the live one, as all have where they were merged."""
+    pairs = zip(bank.parameters_of(name), bank.parameters_of(bank.live), strict=True)
+    return all(torch.equal(own, live) for own, live in pairs)
 
 
 def _folded(bank: Any, backbone: nn.Module, weights: Mapping[str, float], sites: list[str]) -> StateDict:

@@ -39,6 +39,8 @@ def export(
     architecture: str | None = None,
     probe_file: Path | None = None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    facts: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> Manifest:
     """Write a checkpoint or artefact as a model of another library, all or nothing.
 
@@ -51,6 +53,8 @@ def export(
         like, architecture: see `prepare_files`.
         probe_file: safetensors file of the inputs that are compared, a tensor per argument of the forward pass.
         max_shard_size: of one file of weights, such as ``"5GB"``; for transformers.
+        facts: more for the manifest.
+        replace: what is at ``out``.
 
     Returns:
         the manifest that lies beside the library's files.
@@ -58,10 +62,12 @@ def export(
     Raises:
         CheckpointError: damaged, not exportable, or not the same once loaded by the library; nothing is left.
     """
-    require_new(Path(out))
+    if not replace:
+        require_new(Path(out))
     given = {"sets": sets, "part": part, "adapters": adapters, "like": like, "architecture": architecture}
     prepared = prepare(path, to, build, dtype=dtype, probe_file=probe_file, **given)
-    return write(prepared, out, Path(path), dtype, max_shard_size)
+    prepared.facts |= facts or {}
+    return write(prepared, out, Path(path), dtype, max_shard_size, replace)
 
 
 def prepare(
@@ -93,7 +99,14 @@ def prepare(
     return prepare_files(open_source(path), to, like, architecture, inputs)
 
 
-def write(prepared: Prepared, out: str | Path, path: Path, dtype: torch.dtype | None, max_shard_size: str) -> Manifest:
+def write(
+    prepared: Prepared,
+    out: str | Path,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+    replace: bool = False,
+) -> Manifest:
     """Write, compare in a fresh process, publish; see `export`."""
     to, model = prepared.to, prepared.model
     if to != "hf" and max_shard_size != MAX_SHARD_SIZE:
@@ -107,8 +120,8 @@ def write(prepared: Prepared, out: str | Path, path: Path, dtype: torch.dtype | 
     manifest = new_manifest(
         "self-contained" if base is None else "delta", base, parents=[parent], settings={"export": settings}
     )
-    manifest.facts |= prepared.facts
-    with foreign_folder(out, manifest) as folder, naming(folder):
+    manifest.facts |= {**prepared.facts, "library": "transformers" if to == "hf" else to}
+    with foreign_folder(out, manifest, replace) as folder, naming(folder):
         if to == "peft":
             config, tensors = prepared.peft
             (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -285,6 +285,7 @@ def test_what_cannot_be_folded_is_named_and_may_lie_beside(bert, tmp_path, in_pr
         exported(run, tmp_path / "out", "hf", module)
     with pytest.raises(RefusedError, match=r"not Bottleneck.*--adapters separate"):
         exported(run, tmp_path / "out", "peft", module)
+    exported(run, tmp_path / "frames", "timm", module)  # no adapter stands beside it
     exported(run, tmp_path / "out", "hf", module, adapters="separate")
     found, _ = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     bare = transformers.AutoModel.from_pretrained(bert)
@@ -356,6 +357,18 @@ def test_a_stage_that_has_not_begun_is_no_choice_and_the_current_one_is_live(ber
     found = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
     with module.bank.use("live"):
         torch.testing.assert_close(found(IDS).last_hidden_state, module.backbone.text(IDS).last_hidden_state)
+
+
+def test_sets_that_were_merged_into_one_need_no_choice(bert, tmp_path, in_process):
+    module = module_of(bert, cls=ContinualVideoQA, stages=3)
+    module.bank.copy("live", "one")
+    run = checkpoint(module, tmp_path / "run")
+    with pytest.raises(RefusedError, match="3 trained adapter sets"):
+        exported(run, tmp_path / "out", "hf", module)
+    module.bank.copy("live", "two")
+    exported(run, tmp_path / "out", "hf", module)
+    assert read_manifest(tmp_path / "out").facts["sets"] == {"live": 1.0}
+    assert "AutoModel.from_pretrained('out')" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
