@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ class Node:
 
     Args:
         path: as its child recorded it.
-        digest: as its child recorded it; its own for the root.
+        digest: as its child recorded it; its own for the root, empty while that is being written.
         part: what it was to its child, such as ``base`` or ``expert 1, weight 0.5``; empty for the root.
         state: ``known`` has a manifest; ``file`` is there without one; ``missing`` is not there; ``changed`` is there
             with another digest; ``damaged`` has a manifest that cannot be read; ``repeated`` stands in full elsewhere
@@ -48,13 +48,13 @@ def lineage(path: str | Path, depth: int = DEPTH) -> Node:
     Raises:
         CheckpointError: ``path`` itself has no manifest, or a damaged one.
     """
-    return lineage_of(read_manifest(path), path, depth)
+    manifest = read_manifest(path)
+    return replace(lineage_of(manifest, path, depth), digest=manifest.digest)
 
 
 def lineage_of(manifest: Manifest, path: str | Path, depth: int = DEPTH) -> Node:
     """`lineage` of a checkpoint that is still being written and will lie at ``path``."""
-    shown = {manifest.digest}
-    return Node(str(path), manifest.digest, "", "known", manifest, _parents(Path(path), manifest, shown, depth))
+    return Node(str(path), "", "", "known", manifest, _parents(Path(path), manifest, set(), depth))
 
 
 def nodes(root: Node) -> Iterator[Node]:

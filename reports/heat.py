@@ -109,7 +109,7 @@ def dots_figure(
     """One row per layer with a mark for every series, on a logarithmic scale where values are far apart.
 
     Args:
-        series: name to L numbers; NaN has no mark, nor has 0 on a logarithmic scale.
+        series: name to L numbers; 0 and NaN have no mark.
         rows: L names.
         title: above it.
         meaning: of the axis.
@@ -138,7 +138,7 @@ def dots_figure(
                 "markersize": 4.5,
             }
         )
-        marked = [math.nan if logarithmic and value <= 0 else value for value in values]
+        marked = [value if value > 0 else math.nan for value in values]
         axes.plot(marked, [r + offset for r in range(len(rows))], linestyle="none", zorder=3, **style)
         key = new_axes(figure, left + wide + 0.26, foot + tall - ROW * (number + 1), 0.2, ROW)
         key.plot([0], [0], linestyle="none", **style)

@@ -180,7 +180,7 @@ def node_html(node: Node) -> str:
     name = "/".join(PurePath(node.path).parts[-2:])
     lines = [f'<b title="{escape(visible(node.path))}">{escape(visible(name))}</b>']
     lines += [f'<span class="part">{escape(node.part)}</span>'] if node.part else []
-    lines.append(f"<code>{escape(visible(short(node.digest)))}</code>")
+    lines += [f"<code>{escape(visible(short(node.digest)))}</code>"] if node.digest else []
     lines += [f'<span class="part">{STATES[node.state]}</span>'] if node.state in STATES else []
     if node.manifest is not None:
         method = method_of(node.manifest)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fulgurite.checkpoints import MissingError, read_manifest, save_checkpoint_folder, write_bytes
-from fulgurite.checkpoints.lineage import lineage, nodes
+from fulgurite.checkpoints.lineage import lineage, lineage_of, nodes
 
 
 def made(path, *parents, weights=None, digest=None):
@@ -50,6 +50,8 @@ def test_the_tree_of_a_merge_of_merges(two_levels):
         ],
     )
     assert root.digest == read_manifest("all").digest
+    assert lineage_of(root.manifest, "all").digest == ""  # it is not known before the manifest is complete
+    assert lineage_of(root.manifest, "all").parents == root.parents
     assert [node.path for node in nodes(root)] == ["all", "base.safetensors", "pair", "a", "b", "c"]
     assert root.parents[1].manifest.settings["merger"] == "Average"
 

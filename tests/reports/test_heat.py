@@ -53,7 +53,7 @@ def test_dots_are_on_a_logarithmic_scale_where_values_are_far_apart():
     assert (near.get_xscale(), far.get_xscale()) == ("linear", "log")
     assert near.get_xlim()[0] == 0
     merged = far.lines[1]
-    assert math.isnan(merged.get_xdata()[0])
+    assert math.isnan(merged.get_xdata()[0])  # no change, no mark
     assert merged.get_xdata()[1] == 1
     assert merged.get_color() == INK
 
@@ -77,27 +77,31 @@ def ticks(axis):
     ]
 
 
-@pytest.mark.parametrize("columns", [PAIRS[:6], PAIRS])
-def test_nothing_overlaps_or_is_cut_in_a_crowded_picture(columns):
-    values = [[-0.9] * len(columns)] * len(LAYERS)
-    note = "a note that is longer than the picture is wide, with a price in it: $5 and $6" * 2
-    heat = heat_figure(values, LAYERS, columns, "Cosine of task vectors in every layer", "cosine", "signed", note)
-    small = heat_figure([[math.nan, 0.1], [0.1, math.nan]], NAMES[:2], ["1", "2"], "Sign conflicts", "share", "share")
-    dots = dots_figure({name: [0.01] * 50 for name in NAMES}, LAYERS, "Size", "norm", None, note)
-    few = dots_figure({name: [0.01] for name in NAMES}, LAYERS[:1], "Size", "norm", None, note)
-    for figure in (heat, small, dots, few):
-        renderer = figure.canvas.get_renderer()
-        figure.draw(renderer)
-        width, height = figure.canvas.get_width_height()
-        texts = [*figure.texts]
-        for axes in figure.axes:
-            if axes.axison:
-                texts += [*axes.texts, *ticks(axes.xaxis), *ticks(axes.yaxis), axes.xaxis.label, axes._left_title]
-        boxes = [t.get_window_extent(renderer) for t in texts if t.get_text() and t.get_visible()]
-        for i, box in enumerate(boxes):
-            assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0
-            for other in boxes[i + 1 :]:
-                # Line boxes are taller than the letters in them; a fifth of a line is air.
-                assert min(box.x1, other.x1) <= max(box.x0, other.x0) or (
-                    min(box.y1, other.y1) - max(box.y0, other.y0) <= 0.2 * min(box.height, other.height)
-                )
+LONG = "a note that is longer than the picture is wide, with prices in it: $5 and $6" * 2
+CROWDED = {
+    "values": lambda: heat_figure([[-0.9] * 6] * 20, LAYERS[:20], PAIRS[:6], "Cosine", "cosine", "signed", LONG),
+    "colours": lambda: heat_figure([[-0.9] * 28] * 20, LAYERS[:20], PAIRS, "Cosine", "cosine", "signed", "note"),
+    "small": lambda: heat_figure([[0.1] * 2] * 2, NAMES[:2], ["1", "2"], "Sign conflicts", "share", "share"),
+    "dots": lambda: dots_figure({name: [0.01] * 20 for name in NAMES}, LAYERS[:20], "Size", "norm", None, LONG),
+    "few rows": lambda: dots_figure({name: [0.01] for name in NAMES}, LAYERS[:1], "Size", "norm", None, LONG),
+}
+
+
+@pytest.mark.parametrize("case", CROWDED)
+def test_nothing_overlaps_or_is_cut_in_a_crowded_picture(case):
+    figure = CROWDED[case]()
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    width, height = figure.canvas.get_width_height()
+    texts = [*figure.texts]
+    for axes in figure.axes:
+        if axes.axison:
+            texts += [*axes.texts, *ticks(axes.xaxis), *ticks(axes.yaxis), axes.xaxis.label, axes._left_title]
+    boxes = [t.get_window_extent(renderer).extents for t in texts if t.get_text() and t.get_visible()]
+    for i, (left, low, right, high) in enumerate(boxes):
+        assert min(left, low, width - right, height - high) >= 0
+        for other_left, other_low, other_right, other_high in boxes[i + 1 :]:
+            # Line boxes are taller than the letters in them; a fifth of a line is air.
+            air = 0.2 * min(high - low, other_high - other_low)
+            beside = min(right, other_right) <= max(left, other_left)
+            assert beside or min(high, other_high) - max(low, other_low) <= air
