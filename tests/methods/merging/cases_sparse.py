@@ -4,6 +4,7 @@ from fulgurite.methods.merging.dare import Dare
 from fulgurite.methods.merging.della import Della
 from fulgurite.methods.merging.magmax import MagMax
 from fulgurite.methods.merging.nearswap import NearSwap
+from fulgurite.methods.merging.pcb import Pcb
 from fulgurite.methods.merging.ram import Ram
 from fulgurite.methods.merging.sce import Sce
 
@@ -18,6 +19,8 @@ CASES = [
     (Breadcrumbs(density=1.0, lam=1.0), None, True),
     (Breadcrumbs(density=0.5, gamma=[0.1, 0.0, 0.3], then="ties"), 3, False),
     (Breadcrumbs(density=0.5, gamma=0.2, dialect="official"), None, False),
+    (Pcb(ratio=0.3), None, False),
+    (Pcb(normalised=False, lam=[1.0, 0.5, 2.0]), 3, False),
     (Sce(), None, True),
     (Sce(topk=0.4, floor=0.0), 3, False),
     (NearSwap(0.05), 1, False),
