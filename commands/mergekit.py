@@ -140,7 +140,5 @@ def is_vocabulary(name: str) -> bool:
 
 def conflicts(options: Any) -> list[str]:
     """Options that the configuration itself decides."""
-    given = {
-        name: getattr(options, name) for name in ("sources", "base", "merger", "weights", "dtype", "like", "donor")
-    }
-    return [f"--{name}" for name, value in given.items() if value is not None]
+    usual = dict.fromkeys(("sources", "base", "merger", "weights", "dtype", "like", "donor"))
+    return [f"--{name}" for name, value in {**usual, "rows": "error", "strict": True}.items() if options[name] != value]

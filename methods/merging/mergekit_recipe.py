@@ -214,7 +214,11 @@ class _Reader:
     def whole(self, value: Any, base: str | None) -> tuple[Slice, ...]:
         """The form ``models``; a base that is not among them is added."""
         sources = [
-            Input(self.model(item.get("model"), f"{at}.model"), None, self.settings(item.get("parameters"), at))
+            Input(
+                self.model(item.get("model"), f"{at}.model"),
+                None,
+                self.settings(item.get("parameters"), f"{at}.parameters"),
+            )
             for at, item in self.items(value, "models", {"model", "parameters"})
         ]
         if base is not None and base not in [source.model for source in sources]:
