@@ -102,3 +102,17 @@ def stream_config(stream_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "stream.yaml"
     path.write_text(CONFIG % domains)
     return path
+
+
+@pytest.fixture
+def compared_in_process(monkeypatch):
+    """Exports without a process of their own for the comparison, which takes seconds to start."""
+    from fulgurite.backbones import reload
+    from fulgurite.modules import export_files
+
+    def compare(library, folder, inputs, expected, model_class="", base=""):
+        request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
+        named = {f"input.{n}": t for n, t in inputs.items()} | {f"output.{n}": t for n, t in expected.items()}
+        return reload.compare(request, named)
+
+    monkeypatch.setattr(export_files, "compare_fresh", compare)

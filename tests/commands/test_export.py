@@ -9,14 +9,12 @@ import pytest
 import torch
 import transformers
 
-from fulgurite.backbones import reload
 from fulgurite.backbones.prefix_encoder import PrefixEncoder
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints import save_checkpoint_folder, verify
 from fulgurite.cli import main
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.adapters.lora import LoRA
-from fulgurite.modules import export_files
 from fulgurite.modules.video_qa import VideoQA
 from fulgurite.samples import DataInfo, Stage
 
@@ -53,20 +51,8 @@ def run(tmp_path, monkeypatch):
     return expected
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The comparison without a process of its own, which takes seconds to start."""
-
-    def compare(library, folder, inputs, expected, model_class="", base=""):
-        request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
-        named = {f"input.{n}": t for n, t in inputs.items()} | {f"output.{n}": t for n, t in expected.items()}
-        return reload.compare(request, named)
-
-    monkeypatch.setattr(export_files, "compare_fresh", compare)
-
-
 @torch.no_grad()
-def test_a_run_folder_becomes_a_folder_of_transformers(run, tmp_path, in_process, capsys):
+def test_a_run_folder_becomes_a_folder_of_transformers(run, tmp_path, compared_in_process, capsys):
     assert main(["export", "run", "--to", "hf", "--out", "out", "--set", "{live: 0.25, initial: 0.75}"]) == 0
     assert "loaded by hf in a fresh process" in capsys.readouterr().out
     assert main(["export", "run", "--to", "hf", "--out", "whole"]) == 0

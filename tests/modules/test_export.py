@@ -15,7 +15,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fulgurite.backbones import reload
 from fulgurite.backbones.frames import TimmFrameEncoder
 from fulgurite.backbones.frozenbilm import FrozenBiLM
 from fulgurite.backbones.prefix_encoder import PrefixEncoder
@@ -96,18 +95,6 @@ def checkpoint(module, folder):
     return folder
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The comparison without a process of its own, which takes seconds to start."""
-
-    def compare(library, folder, inputs, expected, model_class="", base=""):
-        request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
-        named = {f"input.{n}": t for n, t in inputs.items()} | {f"output.{n}": t for n, t in expected.items()}
-        return reload.compare(request, named)
-
-    monkeypatch.setattr(export_files, "compare_fresh", compare)
-
-
 def exported(source, out, to, module=None, **options):
     return export(source, out, to, lambda path: module, **options)
 
@@ -167,7 +154,7 @@ print(json.dumps(info))
 
 
 @torch.no_grad()
-def test_what_the_libraries_load_is_the_live_model(bert, tmp_path, in_process):
+def test_what_the_libraries_load_is_the_live_model(bert, tmp_path, compared_in_process):
     live, names = {}, ("folded", "mixed", "sharded", "peft", "timm", "open_clip", "llama")
     module = module_of(bert, cls=ContinualVideoQA, stages=3)
     run = checkpoint(module, tmp_path / "run")
@@ -278,7 +265,7 @@ def test_weights_that_are_not_the_live_model_are_seen_before_writing(bert, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_folded_is_named_and_may_lie_beside(bert, tmp_path, in_process):
+def test_what_cannot_be_folded_is_named_and_may_lie_beside(bert, tmp_path, compared_in_process):
     module = module_of(bert, partial(Bottleneck, reduction=4))
     run = checkpoint(module, tmp_path / "run")
     with pytest.raises(RefusedError, match=r"Bottleneck cannot be folded.*layer\.0.*--adapters separate"):
@@ -297,7 +284,7 @@ def test_what_cannot_be_folded_is_named_and_may_lie_beside(bert, tmp_path, in_pr
     assert all(torch.equal(adapters[name], expected[name]) for name in expected)
 
 
-def test_frozenbilm_becomes_a_masked_language_model_of_transformers(tmp_path, in_process):
+def test_frozenbilm_becomes_a_masked_language_model_of_transformers(tmp_path, compared_in_process):
     torch.manual_seed(0)
     config = SIZES | {"vocab_size": 30522, "attention_head_size": 16, "position_buckets": 8}
     backbone = FrozenBiLM(pretrained=False, config=config, tokenizer=TOKENIZER, feature_dim=6)
@@ -347,7 +334,7 @@ def test_what_a_run_cannot_give_is_one_message(options, said, bert, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_stage_that_has_not_begun_is_no_choice_and_the_current_one_is_live(bert, tmp_path, in_process):
+def test_a_stage_that_has_not_begun_is_no_choice_and_the_current_one_is_live(bert, tmp_path, compared_in_process):
     module = module_of(bert, cls=ContinualVideoQA, stages=3)
     module.stage = 1
     run = checkpoint(module, tmp_path / "run")
@@ -359,7 +346,7 @@ def test_a_stage_that_has_not_begun_is_no_choice_and_the_current_one_is_live(ber
         torch.testing.assert_close(found(IDS).last_hidden_state, module.backbone.text(IDS).last_hidden_state)
 
 
-def test_sets_that_were_merged_into_one_need_no_choice(bert, tmp_path, in_process):
+def test_sets_that_were_merged_into_one_need_no_choice(bert, tmp_path, compared_in_process):
     module = module_of(bert, cls=ContinualVideoQA, stages=3)
     module.bank.copy("live", "one")
     run = checkpoint(module, tmp_path / "run")
@@ -421,7 +408,7 @@ def test_files_that_do_not_fit_are_one_message(source, options, said, files, tmp
     assert not list(tmp_path.iterdir())
 
 
-def test_a_timm_model_by_its_name_alone(files, tmp_path, in_process):
+def test_a_timm_model_by_its_name_alone(files, tmp_path, compared_in_process):
     exported(files / "vit_weights", tmp_path / "out", "timm", architecture="test_vit", dtype=torch.float16)
     torch.manual_seed(0)
     found = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).state_dict()
