@@ -222,11 +222,12 @@ class Classifier(pl.LightningModule, ABC):
     def on_test_epoch_end(self) -> None:
         """Log ``test/accuracy``."""
         self.log_scores("test", self.counts)
+        pictures = self.trainer.strategy.reduce(self.counts.count[0, :, -1].clone(), reduce_op="sum")
         self.test_results = {
             "domains": list(self.classes),
             "classes": {domain: list(labels) for domain, labels in self.classes.items()},
             "accuracy": self.counts.results()["matrix"][0].tolist(),
-            "pictures": self.counts.count[0, :, -1].tolist(),
+            "pictures": pictures.tolist(),
         }
 
     def report_sections(self, samples: Sequence[Sample]) -> list[Section]:

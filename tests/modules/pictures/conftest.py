@@ -10,7 +10,9 @@ import torch
 from fulgurite.backbones.frames import TimmFrameEncoder
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
 from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.datamodules.unlabelled import UnlabelledTasks
 from fulgurite.methods.schedules import Constant
+from fulgurite.modules.ada_merging import AdaMerging
 from fulgurite.modules.image_classification import ImageClassifier
 from fulgurite.modules.optimization import ParamGroup
 from fulgurite.samples import DataInfo, Sample
@@ -93,9 +95,21 @@ def fitted(domain, folder):
     return module, run, folder / "checkpoint"
 
 
+def tasks(**settings):
+    return UnlabelledTasks([Toys(name) for name in LABELS], **{"batch_size": 4, **settings})
+
+
+def fitted_coefficients(experts, run):
+    """A merger of the experts' checkpoints after a fit."""
+    module = AdaMerging(encoder(), list(map(str, experts)), optimizer=functools.partial(torch.optim.Adam, lr=2e-2))
+    run.fit(module, datamodule=tasks())
+    return module
+
+
 @pytest.fixture(scope="session")
 def kit():
-    return SimpleNamespace(labels=LABELS, Toys=Toys, encoder=encoder, trainer=trainer, classifier=classifier)
+    parts = (Toys, encoder, trainer, classifier, tasks, fitted_coefficients)
+    return SimpleNamespace(labels=LABELS, **{part.__name__: part for part in parts})
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import torch
 from torch.func import functional_call
 
 from fulgurite.checkpoints import MismatchError, MissingError, load_tensors, read_manifest
-from fulgurite.datamodules.unlabelled import UnlabelledTasks
 from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.modules.ada_merging import AdaMerging, entropy
 
@@ -20,10 +19,6 @@ def merging(experts, kit):
         return AdaMerging(kit.encoder(), [str(experts[name][2]) for name in DOMAINS], **settings)
 
     return build
-
-
-def tasks(kit, **settings):
-    return UnlabelledTasks([kit.Toys(name) for name in DOMAINS], **{"batch_size": 4, **settings})
 
 
 def states(experts, kit):
@@ -104,7 +99,7 @@ def test_entropy_of_a_sure_and_of_an_unsure_answer():
 
 
 def test_a_fit_lowers_the_entropy_and_writes_the_merged_classifier(merging, kit, experts, tmp_path):
-    module, data = merging(), tasks(kit, adapt_to="test")
+    module, data = merging(), kit.tasks(adapt_to="test")
     run = kit.trainer(tmp_path, max_steps=40)
     module.optimizer = lambda parameters: torch.optim.Adam(parameters, lr=2e-2)
     module.prepare()
@@ -147,7 +142,7 @@ def mean_entropy(module, data):
 
 
 def test_the_loss_is_the_sum_of_the_tasks_means(merging, kit, tmp_path):
-    module, data = merging(), tasks(kit)
+    module, data = merging(), kit.tasks()
     losses = []
     module.log = lambda name, value, **options: losses.append((name, float(value)))
     module._trainer = kit.trainer(tmp_path)
@@ -183,18 +178,18 @@ def test_the_second_form_takes_elected_task_vectors(merging, kit, experts):
 
 def test_checkpoints_hold_coefficients_and_go_on_with_the_same_experts(merging, kit, experts, tmp_path):
     run, module = kit.trainer(tmp_path, max_epochs=1), merging()
-    run.fit(module, datamodule=tasks(kit))
+    run.fit(module, datamodule=kit.tasks())
     run.save_checkpoint(tmp_path / "checkpoint")
     assert list(load_tensors(tmp_path / "checkpoint")) == ["coefficients"]
     assert read_manifest(tmp_path / "checkpoint").kind == "delta"
     resumed = merging()
-    kit.trainer(tmp_path, max_epochs=2).fit(resumed, datamodule=tasks(kit), ckpt_path=str(tmp_path / "checkpoint"))
+    kit.trainer(tmp_path, max_epochs=2).fit(resumed, datamodule=kit.tasks(), ckpt_path=str(tmp_path / "checkpoint"))
     straight = merging()
-    kit.trainer(tmp_path, max_epochs=2).fit(straight, datamodule=tasks(kit))
+    kit.trainer(tmp_path, max_epochs=2).fit(straight, datamodule=kit.tasks())
     assert torch.equal(resumed.coefficients, straight.coefficients)
     swapped = AdaMerging(kit.encoder(), [str(experts[name][2]) for name in reversed(DOMAINS)])
     with pytest.raises(MismatchError, match="other experts"):
-        kit.trainer(tmp_path, max_epochs=2).fit(swapped, datamodule=tasks(kit), ckpt_path=str(tmp_path / "checkpoint"))
+        kit.trainer(tmp_path, max_epochs=2).fit(swapped, datamodule=kit.tasks(), ckpt_path=str(tmp_path / "checkpoint"))
 
 
 def test_what_does_not_fit_is_refused(kit, experts, tmp_path):
