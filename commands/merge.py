@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import difflib
 import glob
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jsonargparse
 
-from fulgurite.commands import mergekit
+from fulgurite.commands import merge_adapters, mergekit
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import values_of
+from fulgurite.commands.merge_output import show_merge, show_plan
 from fulgurite.commands.names import class_table, import_named
 from fulgurite.commands.progress import progress
-from fulgurite.commands.tables import console, plain_table
+from fulgurite.commands.tables import console
 from fulgurite.commands.yaml_loader import load_file
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from fulgurite.methods.merging.writing import Describe
 
 DESCRIPTION = """Merge models of one architecture that lie in files: checkpoints and artefacts of fulgurite, Hugging
-Face, open_clip and timm folders, single safetensors files. The result is an artefact: a checkpoint folder."""
+Face, open_clip and timm folders, single safetensors files, or adapters in folders of peft. The result is a checkpoint
+folder, and a folder of that library too."""
 MERGERS = "fulgurite.methods.merging."
 FLAGS = ("--dry_run", "--report")
-SHOWN = 12  # tensors with the largest change in the table
 
 
 def run(command: str, argv: list[str]) -> int:
@@ -50,7 +50,10 @@ def run(command: str, argv: list[str]) -> int:
         except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
             raise ConfigError(unknown_merger(argv) or str(error)) from error
     try:
-        job = prepared(merger, options)
+        sources = None if options.sources is None else expanded(options.sources)
+        if sources is not None and merge_adapters.require_adapters(sources, merger):
+            return merge_adapters.run(sources, merger, options, settings_of(options))
+        job = prepared(sources, merger, options)
         return preview(job) if options.dry_run else merge(job, options.report)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -59,6 +62,8 @@ def run(command: str, argv: list[str]) -> int:
 def parser_of() -> jsonargparse.ArgumentParser:
     """Options of the command."""
     from fulgurite.methods.merging.base import Merger
+    from fulgurite.methods.merging.knots import MergeKnOTS
+    from fulgurite.methods.merging.lora import MergeLoRA
 
     parser = jsonargparse.ArgumentParser(
         prog="fulgurite merge",
@@ -74,7 +79,7 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--mergekit", type=str | None, default=None, help="configuration of mergekit to run instead")
     parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
     parser.add_argument("--base", type=str | None, default=None, help="model that the sources were fine-tuned from")
-    parser.add_subclass_arguments(Merger, "merger", required=False, help="how to merge")
+    parser.add_subclass_arguments((Merger, MergeLoRA, MergeKnOTS), "merger", required=False, help="how to merge")
     parser.add_argument("--weights", type=list[float] | None, default=None, help="one per source; default: 1 for each")
     kinds = Literal["float16", "bfloat16", "float32", "float64"]
     parser.add_argument("--dtype", type=kinds | None, default=None, help="of the result; default: the base's")
@@ -136,7 +141,13 @@ def expanded(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def prepared(merger: Any, options: Any) -> Job:
+def settings_of(options: Any) -> dict[str, Any]:
+    """The merger as a manifest records it."""
+    own = options.merger
+    return {"merge": {"class_path": own.class_path, "init_args": dict(own.get("init_args") or {})}}
+
+
+def prepared(sources: Sequence[Path] | None, merger: Any, options: Any) -> Job:
     """What the options ask for, found possible."""
     import torch
 
@@ -145,12 +156,12 @@ def prepared(merger: Any, options: Any) -> Job:
     from fulgurite.methods.merging.plan import Matching
 
     shard_bytes = parsed_size(options.max_shard_size)
-    if options.mergekit is not None:
+    if sources is None:
         job, remarks = mergekit.prepared(Path(options.mergekit), Path(options.out), options.threads, shard_bytes)
         console().print(*remarks, sep="\n", end="\n" if remarks else "")
         return job
     return prepare(
-        expanded(options.sources),
+        sources,
         options.out,
         merger,
         options.base,
@@ -158,7 +169,7 @@ def prepared(merger: Any, options: Any) -> Job:
         None if options.dtype is None else getattr(torch, options.dtype),
         Matching(options.strict, options.rows, options.donor),
         options.threads,
-        {"merge": {"class_path": options.merger.class_path, "init_args": dict(options.merger.get("init_args") or {})}},
+        settings_of(options),
         options.like,
         shard_bytes,
     )
@@ -171,15 +182,7 @@ def merge(job: Job, report: bool = False) -> int:
     with progress(sum(job.plan.sizes.values()), sum(source.num_bytes for source in job.sources)) as seen:
         done = carry_out(job, seen=seen, describe=report_of(job) if report else None)
     start = "base" if job.plan.has_base else "first source"
-    table = plain_table(f"Change from the {start}", "tensor", "relative norm")
-    ranked = sorted(done.change.items(), key=lambda item: -item[1])
-    for name, change in ranked[:SHOWN]:
-        table.add_row(name, f"{change:.4f}")
-    out = console()
-    out.print(table)
-    if len(ranked) > SHOWN:
-        out.print(f"and {len(ranked) - SHOWN} tensors that changed less")
-    out.print(f"merged {len(job.sources) - job.plan.has_base} models: {done.path}", soft_wrap=True)
+    show_merge(done.change, start, f"{len(job.sources) - job.plan.has_base} models", done.path)
     return DONE
 
 
@@ -209,18 +212,14 @@ def report_of(job: Job) -> Describe:
 
 def preview(job: Job) -> int:
     """Print what a merge would read, hold and write."""
-    table = plain_table(f"{job.manifest.settings['merger']} into {job.out}", "source", "tensors", "MB")
-    for source in job.sources:
-        table.add_row(str(source.path), f"{len(source.tensors):,}", f"{source.num_bytes / 1e6:,.1f}")
     plan, files = job.plan, {**job.layout.weights, **job.layout.texts}
-    folder = next(parent for parent in job.out.absolute().parents if parent.is_dir())
-    screen = console()
-    screen.print(table)
-    screen.print(
-        f"{len(plan.merged):,} tensors are merged, {len(plan.copied):,} copied, {len(plan.tied):,} tied; "
-        f"about {job.held_bytes / 1e6:,.0f} MB of memory, "
-        f"about {job.num_bytes / 1e6:,.1f} MB to write, {shutil.disk_usage(folder).free / 1e6:,.0f} MB free",
-        soft_wrap=True,
+    show_plan(
+        job.manifest.settings["merger"],
+        job.out,
+        [(str(source.path), len(source.tensors), source.num_bytes) for source in job.sources],
+        f"{len(plan.merged):,} tensors are merged, {len(plan.copied):,} copied, {len(plan.tied):,} tied",
+        job.held_bytes,
+        job.num_bytes,
+        ", ".join(files),
     )
-    screen.print(f"files: {', '.join(files)}", soft_wrap=True)
     return DONE
