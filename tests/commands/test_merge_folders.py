@@ -119,3 +119,21 @@ def test_a_dry_run_counts_what_is_copied(llamas, tmp_path, capsys):
     assert "tokenizer.json" in printed
     assert "model.safetensors" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_peft_loads_merged_adapters(llamas, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    name = "model.layers.1.self_attn.q_proj.weight"
+    plain, paths, moved = loaded(llamas / "base").get_parameter(name), [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = get_peft_model(loaded(llamas / "base"), config)
+        paths.append(str(tmp_path / str(seed)))
+        adapted.save_pretrained(paths[-1])
+        moved.append(adapted.merge_and_unload().get_parameter(name) - plain)
+    merging = ("merge", "--sources", json.dumps(paths), "--merger", "MergeLoRA", "--out", str(tmp_path / "out"))
+    assert main(list(merging)) == 0
+    merged = PeftModel.from_pretrained(loaded(llamas / "base"), tmp_path / "out").merge_and_unload()
+    torch.testing.assert_close(merged.get_parameter(name) - plain, sum(moved))
