@@ -15,12 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fulgurite.checkpoints.atomic import reading
+from fulgurite.checkpoints.atomic import reading, resolve
 from fulgurite.checkpoints.errors import DamagedError, MissingError, RefusedError
 from fulgurite.checkpoints.foreign import companions
 
 WEIGHTS = "weights.safetensors"  # of a folder that no other library reads
 CONFIGS = {"open_clip_config.json": "open_clip_model.safetensors", "config.json": "model.safetensors"}
+ADAPTER_CONFIG = "adapter_config.json"  # of peft
 SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B", re.IGNORECASE)
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -67,6 +68,11 @@ class Layout:
 def config_of(folder: Path) -> Path | None:
     """The configuration by which another library knows ``folder`` as a model of its own."""
     return next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` is a folder of adapters of peft."""
+    return (resolve(path) / ADAPTER_CONFIG).is_file()
 
 
 def weights_name(folder: Path, files: Sequence[Path] = ()) -> str:

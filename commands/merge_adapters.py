@@ -19,9 +19,9 @@ def require_adapters(sources: Sequence[Path], merger: Any) -> bool:
     Raises:
         ConfigError: only one of them is.
     """
+    from fulgurite.checkpoints.companions import is_adapter
     from fulgurite.methods.merging.knots import MergeKnOTS
     from fulgurite.methods.merging.lora import MergeLoRA
-    from fulgurite.methods.merging.peft_files import is_adapter
 
     adapters = [path for path in sources if is_adapter(path)]
     name, for_adapters = type(merger).__name__, isinstance(merger, (MergeLoRA, MergeKnOTS))

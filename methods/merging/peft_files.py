@@ -28,6 +28,7 @@ from fulgurite.checkpoints import (
     read_manifest,
 )
 from fulgurite.checkpoints.atomic import reading, resolve
+from fulgurite.checkpoints.companions import ADAPTER_CONFIG
 from fulgurite.checkpoints.digest import digest_of_file
 from fulgurite.checkpoints.foreign import require_new, require_space
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
@@ -38,7 +39,7 @@ from fulgurite.methods.merging.lora import Factors, LoRAFactors, MergeLoRA, exac
 from fulgurite.methods.merging.lora_io import factors_from_peft, factors_to_peft
 from fulgurite.methods.merging.writing import card_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 SAME = 1e-6  # relative change below which an adapter is another one
 
 
@@ -65,11 +66,6 @@ class AdapterFolder:
         """Of all factors."""
         tensors = [tensor for f in self.factors.values() for tensor in (f.down, f.up)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether ``path`` is a folder of adapters of peft."""
-    return (resolve(path) / CONFIG).is_file()
 
 
 def open_adapter(path: str | Path) -> AdapterFolder:

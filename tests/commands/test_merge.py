@@ -1,8 +1,10 @@
 """``merge`` on the command line: files in, an artefact out, and one message for whatever is wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 
 from fulgurite.checkpoints import load_tensors, read_manifest, verify
 from fulgurite.cli import main
+from fulgurite.methods.merging.linear import Average
 
 
 @pytest.fixture
@@ -88,15 +91,43 @@ def test_what_is_wrong_is_one_message(argv, said, models, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_it_imports_torch_at_most(models):
+def test_it_imports_torch_at_most(models, tmp_path):
+    (tmp_path / "m.yml").write_text(
+        "{models: [{model: ft0.safetensors}], merge_method: linear, parameters: {weight: 1}}"
+    )
     script = """
 import json, sys
 from fulgurite.cli import main
 code = main(["merge", "--sources", "[ft0.safetensors, ft1.safetensors]", "--merger", "Average", "--out", "o"])
-print(json.dumps([code, [n for n in ("lightning", "transformers", "timm", "torchmetrics") if n in sys.modules]]))
+code += main(["merge", "--mergekit", "m.yml", "--out", "p"])
+heavy = ("lightning", "transformers", "timm", "open_clip", "peft", "torchmetrics", "scipy", "huggingface_hub", "PIL")
+print(json.dumps([code, [name for name in heavy if name in sys.modules]]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == [0, []]
+
+
+def test_too_little_disk_is_refused_before_any_work(models, tmp_path, monkeypatch, capsys):
+    free = namedtuple("free", "total used free")(10**9, 10**9, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(Average, "merge_tensor", None)
+    for more in ((), ("--dry-run",)):
+        assert main(["merge", "--sources", "[ft*.safetensors]", "--merger", "Average", "--out", "out", *more]) == 2
+        err = capsys.readouterr().err
+        assert "are needed, 100 are free" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bar_is_shown_on_a_terminal_alone(models, monkeypatch, capsys):
+    argv = ["merge", "--sources", "[ft*.safetensors]", "--merger", "Ties", "--base", "base.safetensors", "--out"]
+    assert main([*argv, "quiet"]) == 0
+    assert "MB/s" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main([*argv, "out"]) == 0
+    printed = capsys.readouterr().out
+    size = 4 * sum(t.numel() for t in models[0].values()) * 4  # four models in float32
+    for part in ("bins", "values", "signs", "merge", f"{size}/{size} bytes"):
+        assert part in printed
 
 
 def test_a_report_lies_in_the_artefact_and_is_covered_by_its_digests(models, tmp_path):

@@ -17,7 +17,7 @@ from fulgurite.checkpoints import (
     save_checkpoint_folder,
     verify,
 )
-from fulgurite.methods.merging import job
+from fulgurite.methods.merging import job, writing
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
@@ -201,6 +201,21 @@ def test_damaged_sources_are_named(paths, tmp_path):
     (tmp_path / "base.safetensors").write_bytes(b"short")
     with pytest.raises(DamagedError, match=r"base\.safetensors"):
         merge_files(paths[1][2:], tmp_path / "out", TaskArithmetic(1.0), base=paths[0])
+
+
+def test_a_file_that_does_not_hold_what_was_written_is_not_published(paths, tmp_path, monkeypatch):
+    own = writing.fill
+
+    def careless(path, *more):
+        own(path, *more)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    monkeypatch.setattr(writing, "fill", careless)
+    with pytest.raises(DamagedError, match="was written as"):
+        merge_files(paths[1], tmp_path / "out", Average())
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_expert_comes_back_and_is_no_mistake(paths, experts, tmp_path):
