@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from fulgurite.checkpoints import CheckpointError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -45,7 +47,8 @@ class Ranks:
         """Do ``work`` on every rank; where it fails on one, every rank raises. Returns this rank's result.
 
         Raises:
-            Exception: this rank's own error; of another rank, its text in a RuntimeError.
+            Exception: this rank's own error; of another rank, its text in a CheckpointError where it was one, else in
+                a RuntimeError.
         """
         if self.size == 1:
             return work()
@@ -54,12 +57,12 @@ class Ranks:
             value = work()
         except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as caught:
             error = caught
-        texts = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        stored = CheckpointError if isinstance(error, CheckpointError) else RuntimeError
+        errors = self.gather(None if error is None else (stored, f"{type(error).__name__}: {error}"))
         if error is not None:
             raise error
-        failed = next(((rank, text) for rank, text in enumerate(texts) if text is not None), None)
-        if failed is not None:
-            raise RuntimeError(f"rank {failed[0]} failed: {failed[1]}")
+        for rank, (kind, text) in ((rank, found) for rank, found in enumerate(errors) if found is not None):
+            raise kind(f"rank {rank} failed: {text}")
         return value
 
     def together(self, work: Callable[[], Any]) -> list[Any]:

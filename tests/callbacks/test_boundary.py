@@ -263,14 +263,21 @@ def test_killed_inside_a_merge_the_run_goes_on_to_the_same_bits(name, whole, fit
         (("--checkpoint.save_top_k", "2"), "stock: of the checkpoints that are merged some would be deleted before"),
         (("--checkpoint.save_top_k", "2"), "set --checkpoint.save_top_k 3"),
         (("--checkpoint.every_n_train_steps", "3"), "set --checkpoint.every_n_epochs 1"),
-        (("--data.init_args.joint", "true", "--model.class_path", "VideoQA"), "average: VideoQA keeps no adapter set"),
     ],
 )
 def test_what_cannot_work_is_one_message(options, part, fit, tmp_path, capfd):
-    if "VideoQA" in options:
-        options = (*options, "--model.init_args.second_router", "null")
     assert fit(tmp_path / "run", *options) == 2
     assert part in capfd.readouterr().err
+
+
+def test_a_module_without_sets_of_stages_is_refused(stream_config, tmp_path, capfd):
+    text = stream_config.read_text().replace("ContinualVideoQA", "VideoQA")
+    plain, merging = tmp_path / "plain.yaml", tmp_path / "merging.yaml"
+    plain.write_text("".join(line for line in text.splitlines(True) if "second_router" not in line))
+    merging.write_text(BOUNDARIES)
+    argv = ["fit", "--config", str(plain), "--config", str(merging), "--run", str(tmp_path / "run"), *EVERY_STEP]
+    assert main(argv) == 2
+    assert "average: VideoQA keeps no adapter set per stage" in capfd.readouterr().err
 
 
 def test_a_fast_run_writes_nothing(fit, tmp_path):
