@@ -60,6 +60,8 @@ def foreign_folder(out: str | Path, manifest: Manifest, replace: bool = False) -
         record_files(folder, manifest)
         text = card(manifest, Path(out).name).encode()
         (folder / CARD_NAME).write_bytes(text)
+        for path in folder.rglob("*.safetensors"):  # which other writers make readable for their owner alone
+            path.chmod((folder / CARD_NAME).stat().st_mode)
         manifest.files[CARD_NAME] = FileRecord(len(text), digest_of_bytes(text))
         fault("before_manifest")
         write_manifest(folder, manifest)

@@ -113,7 +113,8 @@ def write(
         raise RefusedError(f"--max_shard_size {max_shard_size}: {to} reads one file of weights; leave it out")
     require_space(Path(out), num_bytes(prepared, dtype))
     parent = {"path": str(path), "digest": open_source(path).digest}
-    settings = {"to": to, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    options = {"to": to, "dtype": None if dtype is None else str(dtype).removeprefix("torch.")}
+    settings = {"class_path": f"{__name__}.export", "init_args": options | {"max_shard_size": max_shard_size}}
     base = None
     if to == "peft":
         base = {"source": prepared.base, "digest": prepared.base_digest}

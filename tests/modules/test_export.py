@@ -214,7 +214,8 @@ def test_what_the_libraries_load_is_the_live_model(bert, tmp_path, compared_in_p
         assert file.get_tensor("bn1.num_batches_tracked").dtype == torch.int64
     manifest = read_manifest(tmp_path / "folded")
     assert manifest.parents == [{"path": str(run), "digest": read_manifest(run).digest}]
-    assert manifest.settings["export"]["to"] == "hf"
+    assert manifest.settings["export"]["init_args"]["to"] == "hf"
+    assert len({file.stat().st_mode for file in (tmp_path / "folded").iterdir()}) == 1  # none for its owner alone
     assert manifest.facts["sets"] == {"one": 1.0}
     assert read_manifest(tmp_path / "peft").base["digest"] == module.backbone.fingerprint
     # What no library has a place for lies beside the model, adapters folded in.
