@@ -69,10 +69,8 @@ class Dare(Thinning):
         for start, base, experts in operands.pieces():
             full, left = [expert - base for expert in experts], []
             for number, (delta, (density,)) in enumerate(zip(full, settings)):
-                kept = delta.clone()
-                if density < 1:
-                    mask = chosen(density, self.seed, "dare", number, operands.name, delta.numel(), start)
-                    kept.mul_(mask.to(delta.device))
+                mask = chosen(density, self.seed, "dare", number, operands.name, delta.numel(), start)
+                kept = delta * mask.to(delta.device)
                 if 0 < density < 1 and self.rescale == "inverse_density":
                     kept.div_(density)
                 left.append(kept)

@@ -21,12 +21,14 @@ def by_rank(values: Tensor, table: Tensor) -> Tensor:
         table: (columns,).
     """
     rows, columns = values.shape
-    keys = bits_of(values).cpu().numpy().astype(np.uint64) << np.uint64(32)
-    keys |= np.arange(columns - 1, -1, -1, dtype=np.uint64)
+    # The bits from the largest down, and then the place.
+    keys = (bits_of(values) ^ 0x7FFFFFFF).cpu().numpy().astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(columns, dtype=np.uint64)
     keys.sort(axis=1)
-    places = columns - 1 - (keys & np.uint64(2**32 - 1)).astype(np.int64)
-    ranked = table.expand(rows, columns)
-    return torch.empty(rows, columns, dtype=table.dtype).scatter_(1, torch.from_numpy(places), ranked).to(values.device)
+    keys &= np.uint64(2**32 - 1)
+    places, ranked = torch.from_numpy(keys.view(np.int64)), table.flip(0).expand(rows, columns)
+    return torch.empty(rows, columns, dtype=table.dtype).scatter_(1, places, ranked).to(values.device)
 
 
 def row_length(operands: Operands) -> int:
