@@ -24,7 +24,7 @@ from fulgurite.methods.ranks import Ranks
 from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.modules.evaluation import Scored, limited, scores_of
 from fulgurite.modules.modes import MODE_NAMES
-from fulgurite.reports.artefacts import artefacts_section, tested_modes
+from fulgurite.reports.artefacts import artefacts_section, scores_by_mode
 from fulgurite.reports.page import Section
 
 SCORES = "scores.json"
@@ -197,7 +197,7 @@ class Boundary(pl.Callback):
         names = {(step.kind, step.name) for each in boundaries for step in each.steps}
         entries = read_scores(Path(trainer.default_root_dir, ARTEFACTS)).values()
         found = {entry["label"]: entry["scores"] for entry in entries if (entry["kind"], entry["name"]) in names}
-        modes = tested_modes(trainer.callback_metrics, MODE_NAMES)
+        modes = scores_by_mode(trainer.callback_metrics, MODE_NAMES)
         return [artefacts_section("Artefacts", modes, found, MODE_NAMES)] if found else []
 
     def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, out: Path, path: Path) -> Context:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ class MergeAtCheckpoint(Step):
         """The last or best of ``found``, and the one before them, in order of time."""
         wanted, of = self.sources, list(found)
         if wanted.best is not None:
-            scored = [pair for pair in of if wanted.monitor in pair[1].metrics]
+            scored = [pair for pair in of if math.isfinite(pair[1].metrics.get(wanted.monitor, math.nan))]
             ranked = sorted(scored, key=lambda pair: wanted.sign * pair[1].metrics[wanted.monitor])
             best = [path for path, _ in ranked[-wanted.best :]]
             first = next((n for n, (path, _) in enumerate(of) if path in best), 0)
@@ -206,7 +207,13 @@ class MergeAtCheckpoint(Step):
         """Those of ``inputs`` that the greedy soup keeps; every merge that is tried is removed again."""
         wanted, trial = self.sources, context.out.with_name(f"{context.out.name}-trial")
         before, merged = inputs[: self.num_before], list(inputs[self.num_before :])
-        scores = {path: wanted.sign * read_manifest(path).metrics.get(wanted.monitor, float("nan")) for path in merged}
+        scores = {path: wanted.sign * read_manifest(path).metrics.get(wanted.monitor, math.nan) for path in merged}
+        unknown = [path for path in merged if not math.isfinite(scores[path])]
+        if unknown:
+            raise MissingError(
+                f"{unknown[0]} has no {wanted.monitor}, by which the soup is ordered: validate before every "
+                "checkpoint, or set sources to {best: n}"
+            )
 
         def score(some: list[Path]) -> float:
             self._publish([*before, *(p for p in merged if p in some)], context, trial, facts)

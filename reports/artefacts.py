@@ -13,7 +13,7 @@ TESTED = re.compile(r"test/(?:(?P<mode>\w+)/)?accuracy/(?P<domain>.+)")
 TOLD = ("oracle",)  # is told the domain, and is out of competition
 
 
-def tested_modes(metrics: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
+def scores_by_mode(metrics: Mapping[str, float], names: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """By name of the mode, ``test/accuracy`` and ``test/accuracy/<domain>`` as a test has logged them.
 
     Args:
@@ -36,7 +36,7 @@ def artefacts_section(
 
     Args:
         title: heading.
-        modes: see `tested_modes`.
+        modes: see `scores_by_mode`.
         artefacts: by what it is called, ``<split>/accuracy`` and ``<split>/accuracy/<domain>``.
         names: how modes are called.
     """

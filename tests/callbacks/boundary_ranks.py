@@ -24,7 +24,16 @@ def full_disk(run):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root, plain, merging = map(Path, sys.argv[1:])
-    short = ("--trainer.devices", "2", "--data.init_args.epochs_per_domain", "1", "--trainer.max_epochs", "2")
+    short = (
+        "--trainer.num_sanity_val_steps",
+        "0",
+        "--trainer.devices",
+        "2",
+        "--data.init_args.epochs_per_domain",
+        "1",
+        "--trainer.max_epochs",
+        "2",
+    )
     codes = []
     for strategy in ("ddp", "fsdp2"):
         for name, configs in (("plain", [plain]), ("merging", [plain, merging])):

@@ -15,13 +15,23 @@ from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO
 from fulgurite.callbacks.merge_step import Checkpoints, MergeAtCheckpoint
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.steps import Context, NotReady, Step, described
-from fulgurite.checkpoints import DamagedError, WriteError, load_tensors, read_manifest, save_checkpoint_folder, verify
+from fulgurite.checkpoints import (
+    DamagedError,
+    MissingError,
+    WriteError,
+    load_tensors,
+    read_manifest,
+    save_checkpoint_folder,
+    verify,
+)
 from fulgurite.checkpoints.atomic import inject_faults
+from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
 from fulgurite.methods.merging.ties import Ties
+from fulgurite.samples import DataInfo, Sample, sample_fields
 
 
 class Net(pl.LightningModule):
@@ -242,6 +252,48 @@ def test_a_soup_keeps_what_does_not_lower_the_score(tmp_path):
     assert [Path(p["path"]).name for p in read_manifest(tmp_path / "out").parents] == ["step=2", "step=3"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "out"]
     assert verify(tmp_path / "out").ok
+
+
+def test_a_soup_needs_a_score_of_every_ingredient(tmp_path):
+    paths = checkpoints(tmp_path / "checkpoints", [1, 2])
+    step = MergeAtCheckpoint(Average(), Checkpoints(last=2, greedy=True))
+    with pytest.raises(MissingError, match="step=1 has no val/accuracy"):
+        step([paths[1]], Context(tmp_path / "out"))
+
+
+def test_a_metric_that_is_not_finite_is_not_the_best(tmp_path):
+    paths = checkpoints(tmp_path / "checkpoints", [1, 2, 4], [0.1, 0.2, float("nan")])
+    step = MergeAtCheckpoint(Average(), Checkpoints(best=2))
+    assert step.inputs([paths[2]], Context(tmp_path / "out")) == paths[:2]
+
+
+class Ids:
+    needs = ()
+
+    def __call__(self, samples):
+        return sample_fields(samples)
+
+
+class Twelve(FulguriteDataModule):
+    def read(self, split):
+        return [Sample(id=f"{split}{i}", domain="d", question="?") for i in range(12)]
+
+    def info(self):
+        return DataInfo(("d",))
+
+
+def test_calibration_draws_the_same_training_samples_for_a_seed(tmp_path):
+    data = Twelve(batch_size=4)
+    data.attach(Ids())
+    context = Context(tmp_path / "out", data=data)
+    first, again, other = ([b["id"] for b in context.calibration(7, seed)] for seed in (0, 0, 1))
+    assert first == again != other
+    assert [len(batch) for batch in first] == [4, 3]
+    ids = [each for batch in first for each in batch]
+    assert len(set(ids)) == 7
+    assert all(each.startswith("train") for each in ids)
+    with pytest.raises(ValueError, match="13 of 12"):
+        context.calibration(13, 0)
 
 
 def test_greedy_soup_is_the_published_recipe():
