@@ -1,17 +1,17 @@
 """Fine-tuning a pretrained image encoder on labelled pictures, all of its weights.
 
 Checkpoints are self-contained: encoder and heads. Those of several runs from one pretrained encoder are what a merge
-takes; see `fulgurite.methods.merging`. Running statistics of normalisation follow the training pictures; with several
-processes each keeps those of its own share, and the first one's are stored.
+takes; see `fulgurite.methods.merging`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from fulgurite.backbones.frames import FrameEncoder
@@ -26,6 +26,9 @@ class ImageClassifier(Classifier):
 
     Args:
         encoder: the pretrained encoder, with ``grid: 0``; `TimmFrameEncoder` or `OpenClipFrameEncoder`.
+        statistics: of batch normalisation: those of every ``batch`` while training, which the running ones follow (with
+            several processes each sees its own share, and the first one's are stored), or the ``pretrained`` ones
+            throughout, so that runs from one encoder have them in common.
         optimizer: builds the optimizer from parameter groups.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate (``heads``, ``encoder``); the rest uses the optimizer's.
@@ -34,12 +37,14 @@ class ImageClassifier(Classifier):
     def __init__(
         self,
         encoder: FrameEncoder,
+        statistics: Literal["batch", "pretrained"] = "batch",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
         super().__init__(encoder)
         self.encoder.requires_grad_(True)
+        self.statistics = statistics
         self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
         self.param_groups = param_groups or []
 
@@ -51,7 +56,14 @@ class ImageClassifier(Classifier):
         """The encoder's model too, which its wrapper would keep in evaluation mode."""
         super().train(mode)
         self.encoder.model.train(mode)
+        for layer in self.encoder.model.modules():
+            if isinstance(layer, _BatchNorm) and self.statistics == "pretrained":
+                layer.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Lightning leaves every part in the mode that it finds it in, and encoders come in evaluation mode."""
+        self.train()
 
     def setup(self, stage: str) -> None:
         """Build the heads from the DataModule's classes; where it has none, a checkpoint brings them."""

@@ -83,8 +83,8 @@ def trainer(folder, **settings):
     )
 
 
-def classifier(**settings):
-    return ImageClassifier(encoder(), functools.partial(torch.optim.AdamW, lr=3e-3), Constant(), **settings)
+def classifier(statistics="pretrained", **settings):
+    return ImageClassifier(encoder(), statistics, functools.partial(torch.optim.AdamW, lr=3e-3), Constant(), **settings)
 
 
 def fitted(domain, folder):

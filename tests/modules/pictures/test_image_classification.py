@@ -34,13 +34,23 @@ def test_the_classifier_of_the_pretraining_is_gone_and_the_start_knows_nothing(k
     assert torch.equal(module.scores_of(features, ["bars"] * 4), torch.zeros(4, 3))
 
 
-def test_normalisation_trains_while_training_and_is_still_in_evaluation(kit):
-    module = kit.classifier().train()
+@pytest.mark.parametrize("statistics", ["batch", "pretrained"])
+def test_statistics_of_normalisation_follow_the_batches_or_stay(statistics, kit, tmp_path):
+    module, run = kit.classifier(statistics), kit.trainer(tmp_path, max_epochs=2, check_val_every_n_epoch=1)
+    modes = []
+    module.on_train_batch_start = lambda *_: modes.append([layer.training for layer in layers])
     layers = [each for each in module.modules() if isinstance(each, torch.nn.BatchNorm2d)]
-    assert layers
-    assert all(each.training for each in layers)
-    module.eval()
-    assert not any(each.training for each in layers)
+    before = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+    run.fit(module, datamodule=kit.Toys("bars", batch_size=8))
+    assert len(modes) == 6
+    assert all(mode == (statistics == "batch") for each in modes for mode in each)
+    assert {int(layer.num_batches_tracked) for layer in layers} == {6 if statistics == "batch" else 0}
+    same = [
+        torch.equal(layer.running_mean, m) and torch.equal(layer.running_var, v)
+        for layer, (m, v) in zip(layers, before)
+    ]
+    assert all(same) if statistics == "pretrained" else not any(same)
+    assert not any(layer.training for layer in module.eval().modules())
 
 
 def test_a_picture_is_scored_by_its_own_head_alone(kit):
