@@ -137,12 +137,15 @@ class Boundary(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The steps of the end, on the last checkpoint, which is written first."""
-        if self.at == "fit_end" and not trainer.fast_dev_run:
-            publisher_of(trainer).on_train_end(trainer, pl_module)
-            if self._newest is None and trainer.ckpt_path is not None:
-                self._newest = own_folder(Path(trainer.ckpt_path))
-            if self._newest is not None:
-                self._run(trainer, pl_module, self._newest)
+        if self.at != "fit_end" or trainer.fast_dev_run:
+            return
+        publisher = publisher_of(trainer)
+        publisher.on_train_end(trainer, pl_module)
+        if self._newest is None and trainer.ckpt_path is not None:
+            self._newest = own_folder(Path(trainer.ckpt_path))
+        if self._newest is None or read_manifest(self._newest).facts["global_step"] != trainer.global_step:
+            self._newest = publisher.publish_now(trainer)  # where the run keeps no `last`
+        self._run(trainer, pl_module, self._newest)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where a resumed run had no training left, do what it had left undone; the weights are loaded by now."""

@@ -142,6 +142,17 @@ def test_fitting_twice_with_one_trainer_counts_anew(tmp_path):
     assert names(tmp_path) == ["negated-minus-step=10", "negated-minus-step=4"]
 
 
+def test_the_end_of_a_fit_that_keeps_no_last_is_published_for_its_steps(tmp_path):
+    boundary = Boundary([Negate("minus")], at="fit_end", evaluate=None)
+    trainer = trainer_of(tmp_path, boundary, max_epochs=3)
+    trainer.callbacks[-1] = PublishedCheckpoint(save_last=False, every_n_epochs=2)
+    module = Net()
+    trainer.fit(module, data())
+    assert names(tmp_path) == ["negated-minus-step=6"]
+    made = load_tensors(tmp_path / "artefacts" / "negated-minus-step=6")
+    assert torch.equal(made["layer.weight"], -module.layer.weight)
+
+
 def test_a_step_that_fails_ends_the_fit_and_leaves_nothing(tmp_path):
     boundary = Boundary([Refusing("full")], at="checkpoint", evaluate=None)
     with pytest.raises(WriteError, match="the disk is full"):
