@@ -116,13 +116,17 @@ class Pcb(Piecewise):
         return PASSES[following] if following < len(PASSES) else None
 
     def balances(self, deltas: Sequence[Tensor]) -> list[Tensor]:
-        """b_i of T pieces, before small ones are raised."""
+        """b_i of T pieces in float32, before small ones are raised.
+
+        A weight is exactly 0 at the threshold, and makes the entry its expert's just above it: both are compared in
+        the precision that the threshold is known in.
+        """
         spans = self.scanned["sizes between"]
         sizes = [within(delta.abs(), span) for delta, span in zip(deltas, spans)]
         parts = [delta.sign() * size for delta, size in zip(deltas, sizes)] if self.normalised else list(deltas)
         total = sum(parts[1:], parts[0])
         intra = [(size.square() - 1).mul_(len(deltas)).exp_() for size in sizes]
-        return [own * (delta * total).tanh_() for own, delta in zip(intra, deltas)]
+        return [(own * (delta * total).tanh_()).to(torch.float32) for own, delta in zip(intra, deltas)]
 
     def merge_pieces(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
         """theta_0 + tau*."""
@@ -134,7 +138,7 @@ class Pcb(Piecewise):
             for delta, balance, (low, high), bound, factor in zip(
                 deltas, self.balances(deltas), spans, bounds, factors
             ):
-                scale = within(balance, bound)
+                scale = within(balance, bound).to(base.dtype)
                 total.addcmul_(delta.sign() * delta.abs().clamp_(low, high), scale, value=factor)
                 scales += scale
             yield base + total.div_(scales.clamp_(min=1e-12))

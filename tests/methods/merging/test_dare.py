@@ -75,7 +75,7 @@ def test_elected_merges_are_those_of_the_thinned_vectors(dialect):
         divisor = {"none": sum(w for w, _ in agree), "mergekit": 1, "peft": len(agree)}[dialect]
         expected.append(sum(w * d for w, d in agree) / (divisor or 1))
     merged = Dare(**settings, then="ties")(experts, base, weights)["x"]
-    torch.testing.assert_close(merged, torch.tensor(expected).double(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(merged, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
 
 
 def test_defaults_and_bad_settings():
