@@ -137,3 +137,14 @@ def test_peft_loads_merged_adapters(llamas, tmp_path):
     assert main(list(merging)) == 0
     merged = PeftModel.from_pretrained(loaded(llamas / "base"), tmp_path / "out").merge_and_unload()
     torch.testing.assert_close(merged.get_parameter(name) - plain, sum(moved))
+
+
+def test_stacked_layers_load(llamas, tmp_path):
+    parts = (("one", 0, 2), ("two", 1, 3), ("one", 2, 3))
+    sources = [f"  - sources: [{{model: {llamas / name}, layer_range: [{i}, {j}]}}]" for name, i, j in parts]
+    (tmp_path / "stack.yml").write_text("\n".join(["slices:", *sources, "merge_method: passthrough"]))
+    assert main(["merge", "--mergekit", str(tmp_path / "stack.yml"), "--out", str(tmp_path / "out")]) == 0
+    model = loaded(tmp_path / "out")
+    assert model.config.num_hidden_layers == len(model.model.layers) == 5
+    old = loaded(llamas / "two").get_parameter("model.layers.2.mlp.up_proj.weight")
+    assert torch.equal(model.get_parameter("model.layers.3.mlp.up_proj.weight"), old)
