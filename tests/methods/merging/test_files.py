@@ -17,6 +17,7 @@ from fulgurite.checkpoints import (
     save_checkpoint_folder,
     verify,
 )
+from fulgurite.checkpoints.sources import open_source
 from fulgurite.methods.merging import job, writing
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
@@ -106,6 +107,20 @@ def test_ranks_that_share_the_work_write_the_same_bits(merger, paths, tmp_path, 
     one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert read_manifest(tmp_path / "one").facts["change"] == read_manifest(tmp_path / "two").facts["change"]
+
+
+def test_ranks_write_shards_of_another_librarys_folder(paths, experts, tmp_path, on_ranks):
+    for path in paths[1][1:]:
+        (path / "config.json").write_text('{"model_type": "mine"}')
+    given = {"like": None, "max_shard_bytes": 200}
+    on_ranks(2, lambda ranks: merge_files(paths[1][1:], tmp_path / "two", Average(), threads=1, ranks=ranks, **given))
+    assert verify(tmp_path / "two").ok
+    files = sorted((tmp_path / "two").glob("model-*.safetensors"))
+    assert len(files) > 3
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    expected = Average()(experts[1:])
+    assert found.keys() == expected.keys() == open_source(tmp_path / "two").tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("place", ["source", "pass", "merge", "out"])
