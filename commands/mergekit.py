@@ -31,13 +31,16 @@ def prepared(file: Path, out: Path, threads: int | None, max_shard_bytes: int) -
     from fulgurite.checkpoints.sources import open_source
     from fulgurite.methods.merging.job import companion_folder, job_of, single_type
     from fulgurite.methods.merging.mergekit import check, planned, promoted
-    from fulgurite.methods.merging.mergekit_recipe import read_recipe
+    from fulgurite.methods.merging.mergekit_recipe import listed, read_recipe
 
     require_new(out)
     value = load_file(file)
-    recipe = read_recipe(value)
-    _, remarks = check(recipe)
+    recipe, problems = read_recipe(value)
+    more, remarks = check(recipe)
     folders = located(recipe)
+    problems += [*more, *(f"{n}: no such folder, and not in the cache of the hub" for n, p in folders.items() if not p)]
+    if problems:
+        raise ValueError(listed(problems, f"in {file} are wrong or not supported"))
     sources = {name: open_source(folder) for name, folder in folders.items() if name in merged_models(recipe)}
     rows, states = vocabulary_rows(recipe, folders, sources)
     labels = {name: f"{name} ({source.path})" for name, source in sources.items()}
@@ -68,19 +71,9 @@ def merged_models(recipe: Recipe) -> set[str]:
     return {source.model for part in recipe.slices for source in part.sources}
 
 
-def located(recipe: Recipe) -> dict[str, Path]:
-    """The folder or file of every model: its path, or where the cache of the hub has it.
-
-    Raises:
-        ValueError: with all that are in neither.
-    """
-    from fulgurite.methods.merging.mergekit_recipe import listed
-
-    found = {name: Path(name) if Path(name).exists() else cached(name) for name in recipe.models}
-    missing = [f"{name}: no such folder, and not in the cache of the hub" for name, path in found.items() if not path]
-    if missing:
-        raise ValueError(listed(missing, "are missing: nothing is downloaded here"))
-    return {name: path for name, path in found.items() if path is not None}
+def located(recipe: Recipe) -> dict[str, Path | None]:
+    """The folder or file of every model: its path, or where the cache of the hub has it; None where it is missing."""
+    return {name: Path(name) if Path(name).exists() else cached(name) for name in recipe.models}
 
 
 def cached(name: str) -> Path | None:
@@ -93,7 +86,7 @@ def cached(name: str) -> Path | None:
 
 
 def vocabulary_rows(
-    recipe: Recipe, folders: Mapping[str, Path], sources: Mapping[str, Source]
+    recipe: Recipe, folders: Mapping[str, Path | None], sources: Mapping[str, Source]
 ) -> tuple[tuple[int, frozenset[int]] | None, dict[str, dict[str, Tensor]]]:
     """Rows of the vocabulary under the tokenizer that is asked for, with those before, and all tensors cut to them.
 

@@ -46,27 +46,32 @@ class Placed:
     places: dict[str, float]
 
 
-def check(recipe: Recipe) -> tuple[list[Method], list[str]]:
-    """The method as each slice needs it, and remarks on what has no effect.
-
-    Raises:
-        ValueError: with all that is wrong and can be told without the models.
-    """
-    problems, methods = [], []
+def check(recipe: Recipe) -> tuple[list[str], list[str]]:
+    """What is wrong with a recipe, as far as its models do not matter, and remarks on what has no effect."""
     try:
-        methods = [method(recipe.method, recipe.base_of(part) is not None) for part in recipe.slices]
+        methods = methods_of(recipe)
     except LookupError as error:
-        raise ValueError(str(error)) from error
+        return [str(error)], []
+    problems = []
     for number, (part, own) in enumerate(zip(recipe.slices, methods)):
-        models = [source.model for source in part.sources]
+        models = [source.model for source in part.sources if source.model]
         at = "models" if recipe.whole else f"slices[{number}]"
         problems += [f"{at}: {text} ({recipe.method})" for text in own.problems(models, recipe.base_of(part))]
     given = dict.fromkeys(name for name, _ in recipe.all_settings())
     used = methods[0].parameters if methods else {}
     problems += [f"{name}: no method of mergekit has this parameter" for name in given if name not in KNOWN]
-    if problems:
-        raise ValueError(listed(problems, "in the configuration of mergekit are wrong or not supported"))
-    return methods, [f"{name} has no effect on {recipe.method}" for name in given if name in KNOWN and name not in used]
+    return problems, [
+        f"{name} has no effect on {recipe.method}" for name in given if name in KNOWN and name not in used
+    ]
+
+
+def methods_of(recipe: Recipe) -> list[Method]:
+    """The method as each slice needs it.
+
+    Raises:
+        LookupError: there is none of that name.
+    """
+    return [method(recipe.method, recipe.base_of(part) is not None) for part in recipe.slices]
 
 
 def planned(
@@ -82,7 +87,7 @@ def planned(
     Raises:
         ValueError: the models do not fit together, or parameters are missing or wrong. Lists all.
     """
-    methods, _ = check(recipe)
+    methods = methods_of(recipe)
     order = [name for name in recipe.models if name in models]
     placed, layers = placements(recipe, methods, models)
     plans, chosen, problems = [], {}, []

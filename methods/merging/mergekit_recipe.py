@@ -84,7 +84,7 @@ class Recipe:
     def models(self) -> list[str]:
         """All models, the base first, then in order of appearance."""
         named = [self.base, *(m for s in self.slices for m in (s.base, *(i.model for i in s.sources))), self.tokenizer]
-        return list(dict.fromkeys(name for name in named if name is not None))
+        return list(dict.fromkeys(name for name in named if name))
 
     def base_of(self, part: Slice) -> str | None:
         """The base of a slice."""
@@ -101,12 +101,8 @@ def part_scopes(part: Slice) -> list[Settings]:
     return [part.parameters, *(source.parameters for source in part.sources)]
 
 
-def read_recipe(value: Mapping[str, Any]) -> Recipe:
-    """The recipe that a configuration describes.
-
-    Raises:
-        ValueError: with all that is wrong, or is not supported here.
-    """
+def read_recipe(value: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
+    """The recipe that a configuration describes, as far as it does, and all that is wrong or not supported in it."""
     problems = [f"{key}: no such option" for key in value if key not in KEYS]
     reader = _Reader(problems)
     body, extra = dict(value), []
@@ -136,11 +132,9 @@ def read_recipe(value: Mapping[str, Any]) -> Recipe:
         problems.append("chat_template: not supported; edit the tokenizer's own afterwards")
     tokenizer = reader.tokenizer(body, base)
     scopes = (*extra, reader.settings(body.get("parameters"), "parameters"))
-    if problems:
-        raise ValueError(listed(problems, "in the configuration of mergekit are wrong or not supported"))
-    return Recipe(
-        method, slices, base, scopes, body.get("out_dtype") or body.get("dtype"), tokenizer, forms == ["models"]
-    )
+    dtype = body.get("out_dtype") or body.get("dtype")
+    recipe = Recipe(str(method), slices, base or None, scopes, dtype, tokenizer or None, forms == ["models"])
+    return recipe, problems
 
 
 def listed(problems: Sequence[str], what: str) -> str:

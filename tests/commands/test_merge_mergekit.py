@@ -117,6 +117,15 @@ def test_a_dry_run_and_remarks(models, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_that_is_wrong_is_said_at_once(models, capsys):
+    wrong = {"models": [{"model": "a"}, {"model": "none/there"}, {"model": "a"}], "merge_method": "slerp"}
+    assert run({**wrong, "parameters": {"wieght": 1}, "chat_template": "auto"}) == 2
+    err = capsys.readouterr().err
+    parts = ("none/there: no such", "a is named twice", "3 models, it takes 2", "wieght", "chat_template")
+    for part in (*parts, "no base_model"):
+        assert part in err
+
+
 @pytest.mark.parametrize(
     ("value", "more", "said"),
     [

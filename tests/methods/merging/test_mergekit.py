@@ -6,7 +6,7 @@ import torch
 from fulgurite.methods.merging.base import whole_of
 from fulgurite.methods.merging.mergekit import check, planned, promoted
 from fulgurite.methods.merging.mergekit_methods import KNOWN, method
-from fulgurite.methods.merging.mergekit_recipe import read_recipe
+from fulgurite.methods.merging.mergekit_recipe import read_recipe as read
 
 LAYERS = 3
 METHODS = [
@@ -43,8 +43,16 @@ def model(seed, layers=LAYERS):
 MODELS = {name: model(seed) for seed, name in enumerate(("base", "a", "b", "c"))}
 
 
+def read_recipe(value):
+    recipe, problems = read(value)
+    assert not problems
+    return recipe
+
+
 def merged(value):
     recipe = read_recipe(value)
+    if problems := check(recipe)[0]:
+        raise ValueError("\n".join(problems))
     plan, merger, layers = planned(recipe, MODELS, {name: name for name in MODELS})
     assert merger.begin(plan) is None
     return {

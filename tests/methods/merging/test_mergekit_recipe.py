@@ -2,7 +2,15 @@
 
 import pytest
 
-from fulgurite.methods.merging.mergekit_recipe import Input, read_recipe, setting_at
+from fulgurite.methods.merging.mergekit_recipe import Input, setting_at
+from fulgurite.methods.merging.mergekit_recipe import read_recipe as read
+
+
+def read_recipe(value):
+    recipe, problems = read(value)
+    assert not problems
+    return recipe
+
 
 NAME = "model.layers.2.self_attn.q_proj.weight"
 
@@ -91,8 +99,7 @@ def test_all_that_is_not_supported_is_named_at_once():
         "tokenizer_source": "base",
         "name": "mine",
     }
-    with pytest.raises(ValueError) as caught:
-        read_recipe(wrong)
+    problems = "\n".join(read(wrong)[1])
     for said in (
         "adapter 'lora'",
         "models[0].weight",
@@ -110,7 +117,7 @@ def test_all_that_is_not_supported_is_named_at_once():
         "tokenizer_source and tokenizer",
         "name: no such option",
     ):
-        assert said in str(caught.value)
+        assert said in problems
 
 
 @pytest.mark.parametrize(
@@ -130,6 +137,4 @@ def test_all_that_is_not_supported_is_named_at_once():
     ],
 )
 def test_what_is_no_merge(given, said):
-    with pytest.raises(ValueError, match="merg") as caught:
-        read_recipe({"merge_method": "linear", **given})
-    assert said in str(caught.value)
+    assert said in "\n".join(read({"merge_method": "linear", **given})[1])
