@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, ClassVar
 
 import torch
@@ -212,8 +212,14 @@ def survey(
 
     while merger.stage and sizes:
         with ThreadPoolExecutor(threads) as pool:
-            summaries = ranks.together(lambda: fold(merger, pool.map(look, ranks.share(sizes))))
+            summaries = ranks.together(lambda: fold(merger, as_they_come(pool, look, ranks.share(sizes))))
         merger.stage = merger.settle(fold(merger, iter(summaries))) or ""
+
+
+def as_they_come(pool: ThreadPoolExecutor, work: Callable[[str], Any], names: Sequence[str]) -> Iterator[Any]:
+    """What ``work`` gives for all of them, each as soon as it is there, so that none is kept waiting in memory."""
+    for done in as_completed([pool.submit(work, name) for name in names]):
+        yield done.result()
 
 
 def fold(merger: Merger, summaries: Iterator[Any]) -> Any:

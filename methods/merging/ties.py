@@ -45,7 +45,7 @@ Dialect = Literal["none", "official", "mergekit", "peft"]
 
 
 class Ties(Piecewise):
-    """Trim, elect, merge.
+    """Trim, elect, merge. Memory of a pass: 1 MB per expert and thread.
 
     Args:
         density: fraction of entries kept, one or one per expert; by default 0.2, and 1 in mergekit's dialect. The
