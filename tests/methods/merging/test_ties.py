@@ -1,5 +1,6 @@
 """TIES against a loop over coordinates in plain Python, in each dialect."""
 
+import itertools
 import math
 
 import pytest
@@ -22,11 +23,12 @@ def kept_of(tau, keep, all_ties):
     return [value if j in chosen else 0.0 for j, value in enumerate(tau)]
 
 
-def slow_ties(taus, weights, density, aggregate, vote, dialect):
+def slow_ties(taus, weights, densities, aggregate, vote, dialect):
     """tau* of flat task vectors, all in the same scope."""
     count = len(taus[0])
-    keep = min(int(density * count) + 1, count) if dialect == "official" else max(int(density * count), 1)
-    taus = [kept_of(tau, keep, dialect == "official") for tau in taus]
+    official = dialect == "official"
+    keep = [min(int(d * count) + 1, count) if official else max(int(d * count), d > 0) for d in densities]
+    taus = [kept_of(tau, own, official) for tau, own in zip(taus, keep)]
     heard = [1.0] * len(taus) if dialect == "peft" else weights
 
     def votes(j, strength):
@@ -53,17 +55,28 @@ def integers(seed, count=40, models=4):
 
 @pytest.mark.parametrize("dialect", ["none", "official", "mergekit", "peft"])
 @pytest.mark.parametrize("aggregate", ["mean", "sum", "max"])
-@pytest.mark.parametrize("vote", ["total", "frequency"])
-@pytest.mark.parametrize("weights", [[1.0] * 4, [1.0, 0.5, 2.0, -0.75], [1.0, 0.0, 1.0, 1.0]])
-def test_every_rule_is_its_definition(dialect, aggregate, vote, weights):
-    for seed in range(4):
+def test_every_rule_is_its_definition(dialect, aggregate):
+    weights = [[1.0] * 4, [1.0, 0.5, 2.0, -0.75], [1.0, 0.0, 1.0, 1.0]]
+    densities, votes = [0.2, 0.5, 1.0], ["total", "frequency"]
+    base = {"x": torch.zeros(40, dtype=torch.float64)}
+    for seed, (own, density, vote) in enumerate(itertools.product(weights, densities, votes)):
         taus = integers(seed)
-        base = {"x": torch.zeros(40, dtype=torch.float64)}
-        for density in (0.2, 0.5, 1.0):
-            merger = Ties(density, 1.0, aggregate, vote=vote, dialect=dialect)
-            merged = merger([{"x": tau} for tau in taus], base, weights)["x"]
-            expected = slow_ties(taus.tolist(), weights, density, aggregate, vote, dialect)
-            torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+        merger = Ties(density, 1.0, aggregate, vote=vote, dialect=dialect)
+        merged = merger([{"x": tau} for tau in taus], base, own)["x"]
+        expected = slow_ties(taus.tolist(), own, [density] * 4, aggregate, vote, dialect)
+        torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dialect", ["none", "official", "mergekit"])
+def test_every_expert_has_its_own_density(dialect):
+    densities, base = [0.1, 1.0, 0.6, 0.0], {"x": torch.zeros(40, dtype=torch.float64)}
+    taus = integers(21)
+    expected = slow_ties(taus.tolist(), [1.0] * 4, densities, "mean", "total", dialect)
+    for scope in ("model", "tensor"):
+        merged = Ties(densities, scope=scope, dialect=dialect)([{"x": tau} for tau in taus], base)["x"]
+        torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="density has 4 values for 2 models"):
+        Ties(densities)([{"x": tau} for tau in taus[:2]], base)
 
 
 @pytest.mark.parametrize("dialect", ["none", "official"])
@@ -74,7 +87,7 @@ def test_the_models_scope_is_one_flat_vector_in_sorted_order(dialect, density):
     experts = [dict(zip(names, tau.split(sizes))) for tau in taus]
     base = {name: torch.zeros(size, dtype=torch.float64) for name, size in zip(names, sizes)}
     merged = Ties(density, dialect=dialect)([dict(reversed(e.items())) for e in experts], base)
-    expected = slow_ties(taus.tolist(), [1.0] * 3, density, "mean", "total", dialect)
+    expected = slow_ties(taus.tolist(), [1.0] * 3, [density] * 3, "mean", "total", dialect)
     torch.testing.assert_close(torch.cat([merged[n] for n in names]), expected, rtol=1e-12, atol=1e-12)
 
 
