@@ -183,9 +183,10 @@ def pointwise_grams(encoder: nn.Module, pixels: Tensor) -> dict[str, Tensor]:
 def scaled(method: str) -> tuple[dict[float | None, Merger], float | None]:
     """The mergers to try, by scale, and the scale by default; None for a method without one."""
     kind = getattr(importlib.import_module(class_table()[method][0]), method)
-    if "lam" not in inspect.signature(kind).parameters:
+    option = inspect.signature(kind).parameters.get("lam")
+    if option is None:
         return {None: kind()}, None
-    default = kind().lam
+    default = kind().combine.lam if option.default is None else option.default
     return {scale: kind(lam=scale) for scale in sorted({*SCALES, default})}, default
 
 

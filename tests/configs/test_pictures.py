@@ -152,3 +152,16 @@ def test_own_pictures_are_told_apart_by_a_finished_run(command, experts, sets, t
     (row,) = map(json.loads, file.read_text().splitlines())
     assert row["id"] == "b.png"
     assert row["answer"] in ("ball", "box", "door", "key")
+
+
+def test_a_fit_of_coefficients_goes_on_in_the_middle_of_an_epoch(command, configs, experts, sets, tmp_path):
+    argv = ["--config", configs / "merge" / "ada_merging.yaml", "--config", configs / "tiny" / "image_encoder.yaml"]
+    argv += [f"--data.domains={json.dumps(sets['UnlabelledTasks']['domains'])}", "--data.adapt_to=val", *SHORT]
+    argv += [f"--model.experts=[{', '.join(map(str, experts.values()))}]", "--test_after_fit=false"]
+    argv += ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1", "--trainer.max_steps=4"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert command("fit", *argv, "--run", whole) == 0
+    assert command("fit", *argv, "--run", resumed, "--ckpt_path", whole / "checkpoints" / "epoch=0-step=2") == 0
+    first, second = (load_tensors(run / "checkpoints" / "last")["coefficients"] for run in (whole, resumed))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, load_tensors(whole / "checkpoints" / "epoch=0-step=2")["coefficients"])
