@@ -81,7 +81,6 @@ class AdaMerging(Classifier):
             raise ValueError(f"initial={initial} is outside [0, 1], where clamp keeps coefficients")
         self.paths = [Path(path) for path in experts]
         self.level, self.clamp, self.density, self.optimizer = level, clamp, density, optimizer
-        self.encoder.requires_grad_(False)
         self.names = [name for name, _ in self.encoder.named_parameters()]
         columns = len(self.names) if level == "layer" else 1
         self.coefficients = nn.Parameter(torch.full((len(experts), columns), float(initial)))
