@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fulgurite.methods.merging.arcee_fusion import ArceeFusion
+from fulgurite.methods.merging.plan import Operands
 from fulgurite.methods.merging.selection import SMALL
 
 
@@ -36,6 +37,7 @@ def test_entries_above_the_threshold_are_taken(shape):
     assert taken.any()
     merged = ArceeFusion()([{"x": expert}], {"x": base})["x"]
     assert torch.equal(merged, torch.where(taken, expert, base))
+    assert ArceeFusion().threshold(Operands("x", [base, expert], True)) == pytest.approx(threshold, rel=1e-5)
 
 
 def test_large_tensors_have_exact_quartiles_too():

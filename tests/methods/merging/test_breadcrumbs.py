@@ -40,8 +40,9 @@ def test_the_official_masks_follow_each_other_within_rows():
     for keep_first, first, last in ((False, 3, 3 + 12), (True, 3, 12)):
         merger = Breadcrumbs(0.6, 0.15, keep_first=keep_first, dialect="official", lam=1.0)
         assert torch.equal(trimmed(merger, tau), torch.tensor([slow_band(row, first, last) for row in tau.tolist()]))
-    merger = Breadcrumbs(0.1, 0.5, keep_first=True, dialect="official", lam=1.0)
-    assert not trimmed(merger, tau).any()
+    for scope in ("row", "tensor"):
+        merger = Breadcrumbs(0.1, 0.5, scope, keep_first=True, dialect="official", lam=1.0)
+        assert not trimmed(merger, tau).any()
     assert trimmed(merger, torch.tensor(2.0)) == 2
 
 

@@ -50,7 +50,7 @@ def test_masks_depend_on_their_place_alone(base, experts):
     assert torch.equal(merger([{name: e[name]} for e in experts], {name: base[name]})[name], whole[name])
     assert not torch.equal(Dare(0.5, seed=4)(experts, base)[name], whole[name])
     same = merger([experts[0], experts[0]], base, [1.0, -1.0])
-    assert not torch.equal(same[name], base[name])
+    assert (same[name] - base[name]).abs().max() > 0.01
 
 
 def test_every_expert_has_its_own_rate_and_nothing_left_changes_nothing(base, experts):

@@ -34,6 +34,7 @@ def test_select_calculate_erase(topk, scale, floor):
     taus[1] *= 2
     taus[3] *= 1e-4
     taus[:, 10:20] = taus[0, 10:20]
+    taus[:3, 60:] = 0
     merged = Sce(topk, floor)([{"x": tau} for tau in taus], {"x": torch.zeros(70).double()})["x"]
     torch.testing.assert_close(merged, slow_sce(taus.tolist(), topk, floor), rtol=1e-6, atol=1e-12)
 

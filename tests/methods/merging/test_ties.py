@@ -75,6 +75,9 @@ def test_every_expert_has_its_own_density(dialect):
     for scope in ("model", "tensor"):
         merged = Ties(densities, scope=scope, dialect=dialect)([{"x": tau} for tau in taus], base)["x"]
         torch.testing.assert_close(merged, expected, rtol=1e-12, atol=1e-12)
+        singles = [{"x": tau.float()} for tau in taus]
+        merged = Ties(densities, scope=scope, dialect=dialect)(singles, {"x": torch.zeros(40)})["x"]
+        torch.testing.assert_close(merged, expected.float())
     with pytest.raises(ValueError, match="density has 4 values for 2 models"):
         Ties(densities)([{"x": tau} for tau in taus[:2]], base)
 
