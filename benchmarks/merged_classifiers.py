@@ -4,7 +4,7 @@
 
 Trains what is not in the folder yet (configs/merge/picture_expert.yaml once per set, configs/merge/ada_merging.yaml and
 its second form), merges the encoders, and evaluates each merged encoder on the four test sets with the experts' own
-heads. Writes table.json and report.html.
+heads. Writes report.html and a table, table-averaged.json, from which a later call takes the methods that are done.
 
 The rules are the same for every method. `default`: its constructor's own options. `chosen`: its scale (``lam``) from
 SCALES by mean accuracy on the validation pictures; methods without a scale have one candidate. Nothing is chosen by
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -104,7 +105,7 @@ class Experiment:
         for name, expert in self.experts.items():
             pictures, head = self.shuffled(name), expert.heads[name]
             if method == "Fisher":
-                fisher = FisherStatistics(expert.encoder, lambda model, x, head=head: head(model(x).squeeze(1)))
+                fisher = FisherStatistics(expert.encoder, lambda model, x, head=head: head(model.pooled(x)))
                 fisher.update(pictures[:FISHER_PICTURES])
                 out.append({key: value.view_as(self.base[key]) for key, value in fisher.means().items()})
             else:
@@ -246,15 +247,20 @@ def main() -> None:
     fitted = {n: fit(options.runs / n, "ada_merging.yaml", *experts, *more, **train) for n, more in FITTED.items()}
     bench = Experiment(folders, options.statistics == "anew")
     single = {name: bench.accuracies(bench.states[i], "test")[name] for i, name in enumerate(SETS)}
-    results: dict[str, Any] = {"machine": described, "single": single, "statistics": options.statistics, "rows": []}
+    table = options.runs / f"table-{options.statistics}.json"
+    done = {row["method"]: row for row in json.loads(table.read_text())["rows"]} if table.exists() else {}
+    results: dict[str, Any] = {"machine": described, "statistics": options.statistics, "single": single, "rows": []}
     results["base"] = bench.accuracies(bench.base, "test")
     for method in options.methods:
-        mergers, default = scaled(method)
-        if method in ("Fisher", "RegMean"):
-            statistics = bench.statistics(method)
-            mergers = {scale: merger.use(statistics) for scale, merger in mergers.items()}
-        results["rows"].append(bench.row(method, {at: bench.merge(m) for at, m in mergers.items()}, default))
-        print(f"{method}: {mean(results['rows'][-1]['chosen']):.3f}, {time.time() - start:.0f} s", flush=True)
+        if method not in done:
+            mergers, default = scaled(method)
+            if method in ("Fisher", "RegMean"):
+                statistics = bench.statistics(method)
+                mergers = {scale: merger.use(statistics) for scale, merger in mergers.items()}
+            done[method] = bench.row(method, {at: bench.merge(m) for at, m in mergers.items()}, default)
+        results["rows"].append(done[method])
+        write_json(table, results)
+        print(f"{method}: {mean(done[method]['chosen']):.3f}, {time.time() - start:.0f} s", flush=True)
     for method, folder in fitted.items():
         artefact = folder / "artefacts" / "merged-ada_merging"
         state = {n.removeprefix("encoder."): t for n, t in load_tensors(artefact).items() if n.startswith("encoder.")}
@@ -262,7 +268,7 @@ def main() -> None:
         results["adapted_to"] = read_manifest(artefact).facts["adapted_to"]
     results |= {"load_at_the_end": load(), "seconds": round(time.time() - start)}
     html, tables = page(results)
-    write_json(options.runs / "table.json", results)
+    write_json(table, results)
     write_text(options.runs / "report.html", html)
     from rich.console import Console
 
