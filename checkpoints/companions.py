@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from fulgurite.checkpoints.atomic import reading, resolve
+from fulgurite.checkpoints.card import library_of
 from fulgurite.checkpoints.errors import DamagedError, MissingError, RefusedError
 from fulgurite.checkpoints.foreign import companions
 
@@ -120,8 +121,8 @@ def layout_of(
     name = weights_name(folder, files)
     if max_shard_bytes is None or num_bytes(like) <= max_shard_bytes:
         return Layout({name: list(like)}, texts)
-    if config.name != "config.json":
-        raise RefusedError(f"a model with {config.name} has one file of weights: leave out max_shard_size")
+    if (library := library_of(texts)) != "transformers":
+        raise RefusedError(f"{library} reads one file of weights: leave out max_shard_size")
     weights = shards(like, name, max_shard_bytes)
     return Layout(weights, texts | {f"{name}.index.json": index_text(like, weights)})
 

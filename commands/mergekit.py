@@ -44,7 +44,7 @@ def prepared(file: Path, out: Path, threads: int | None, max_shard_bytes: int) -
     sources = {name: open_source(folder) for name, folder in folders.items() if name in merged_models(recipe)}
     rows, states = vocabulary_rows(recipe, folders, sources)
     labels = {name: f"{name} ({source.path})" for name, source in sources.items()}
-    plan, merger, layers = planned(recipe, states, labels)
+    plan, merger, weights, layers = planned(recipe, states, labels)
     dtype = None if recipe.dtype is None else getattr(torch, recipe.dtype)
     dtypes = {name: dtype or own for name, own in promoted(plan).items()}
     order = [sources[name] for name in recipe.models if name in sources]
@@ -52,7 +52,7 @@ def prepared(file: Path, out: Path, threads: int | None, max_shard_bytes: int) -
         out,
         plan,
         merger,
-        [1.0] * len(order),
+        weights,
         {"merger": recipe.method, "mergekit": value},
         dtypes,
         threads,

@@ -2,7 +2,10 @@
 
 Every output slice is a merge of its own: views of its sources under the names that their tensors have in the result.
 Their plans, one after the other, are the plan of the whole, and a merger for each tensor has the parameters there.
-Results are those of mergekit 0.1.5, but for its arithmetic (here float32, whatever the models' type) and random masks.
+Results are those of mergekit 0.1.5 but for random masks, arithmetic (here in float32, whatever the models' type) and
+the quartiles of large tensors under arcee_fusion, which are exact here.
+
+NOTE: ties and della divide by the sum of |w| of the models that agree, not of w, which can be 0 where one is negative.
 
 What stands before the layers (embeddings) is that of the first slice, what stands behind them that of the last.
 """
@@ -76,8 +79,8 @@ def methods_of(recipe: Recipe) -> list[Method]:
 
 def planned(
     recipe: Recipe, models: Mapping[str, StateDict], labels: Mapping[str, str]
-) -> tuple[Plan, Merger, list[int] | None]:
-    """The plan, the merger, and the layers of the first source that the layers of the result are.
+) -> tuple[Plan, Merger, list[float], list[int] | None]:
+    """The plan, the merger, by expert whether it has a weight (1 or 0), and the first source's layer of each layer.
 
     Args:
         recipe: checked.
@@ -102,7 +105,9 @@ def planned(
     if problems:
         raise ValueError(listed(problems, f"in the parameters of {recipe.method} are wrong or not supported"))
     owners = [[order.index(model) for model in part.models] for part in placed]
-    return joined(plans, owners, [labels[model] for model in order]), by_name(chosen), layers
+    plan = joined(plans, owners, [labels[model] for model in order])
+    active = {n for name, (_, own) in chosen.items() for n, w in zip(plan.owners[name][plan.has_base :], own) if w != 0}
+    return plan, by_name(chosen), [float(n in active) for n in range(plan.has_base, len(order))], layers
 
 
 def takes_base(own: Method, base: str | None) -> bool:
@@ -235,7 +240,9 @@ class _Chooser:
                 if found is not None:
                     return found
         if parameter.default is REQUIRED:
-            self.problems.append(f"{key} is missing{f' for {model}' if model else ''}, as at {name}")
+            what = f"{key} is missing{f' for {model}' if model else ''}"
+            if not any(problem.startswith(what) for problem in self.problems):
+                self.problems.append(f"{what}, as at {name}")
             return 0
         return parameter.default
 

@@ -81,6 +81,8 @@ class _Writing:
         operands = self.plan.operands(source, self.job.piece_size)
         given = [tensor.detach().reshape(-1) for tensor in operands.tensors]
         models = self.plan.models(source)
+        for model in set(range(len(self.equal))) - set(models):
+            self.equal[model] = False
         start, moved, norm = 0, 0.0, 0.0
         for merged in self.job.merger.merge_one(operands, self.job.weights):
             merged = merged.reshape(-1)
@@ -88,8 +90,6 @@ class _Writing:
             first = given[0][part].to(merged.dtype)
             moved += square_sum(merged - first)
             norm += square_sum(first)
-            for model in set(range(len(self.equal))) - set(models):
-                self.equal[model] = False
             for model, tensor in zip(models, given):
                 if self.equal[model] and not torch.equal(merged, tensor[part].to(merged.dtype)):
                     self.equal[model] = False

@@ -65,9 +65,10 @@ def test_the_index_says_where_everything_is(folder):
     assert index["weight_map"] == {name: file for file, names in layout.weights.items() for name in names}
 
 
-def test_a_model_that_has_no_index_is_not_cut(folder):
+@pytest.mark.parametrize(("config", "name"), [({}, "open_clip_config.json"), ({"architecture": "vit"}, "config.json")])
+def test_a_model_that_has_no_index_is_not_cut(config, name, folder):
     with pytest.raises(RefusedError, match="max_shard_size"):
-        layout_of(LIKE, folder({}, "open_clip_config.json"), (), None, 16)
+        layout_of(LIKE, folder(config, name), (), None, 16)
 
 
 def test_a_configuration_without_changes_keeps_its_bytes(tmp_path):

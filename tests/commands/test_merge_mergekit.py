@@ -69,6 +69,16 @@ def test_stacked_layers_change_their_number(models, tmp_path):
     assert config["num_hidden_layers"] == 4
 
 
+def test_one_model_at_full_weight_comes_back_and_is_no_mistake(models, tmp_path, capsys):
+    value = {"models": [{"model": "a"}], "merge_method": "ties", "base_model": "b", "parameters": {"weight": 0.5}}
+    assert run(value) == 0
+    assert torch.equal(load_file("out/model.safetensors")["lm_head.weight"], models["a"]["lm_head.weight"])
+    write_model(tmp_path / "c", 1)
+    value["models"].append({"model": "c"})  # another folder, the same numbers
+    assert run(value, out="again") == 2
+    assert "the sources are the same" in capsys.readouterr().err
+
+
 def test_layers_of_one_model_twice_are_no_mistake(models, tmp_path):
     slices = [{"sources": [{"model": "a", "layer_range": [0, end]}]} for end in (3, 2)]
     assert run({"slices": slices, "merge_method": "passthrough"}) == 0
