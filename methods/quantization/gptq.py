@@ -1,0 +1,191 @@
+"""GPTQ: quantize column by column and let the columns that follow make up for the error (arXiv 2210.17323).
+
+    Q(w_j) = s (q_j - z) on the grid of the group of column j; see `column_solver` for the loop and `grid` for s and z
+
+Where grids of groups are fitted:
+
+    fresh     when their first column is reached, on weights that hold every update so far
+    stale     then too, but on weights that lack the updates of their own block, as the published code does
+    static    before the first column, on the weights as given; with order ``activation`` the groups stay those of
+              the original columns, so that no index of columns need be stored
+
+TaCQ (arXiv 2504.07389) keeps some weights in 16 bit: they are not rounded, so they cause no error, but take what
+earlier columns ask for. RSQ (arXiv 2503.01820) is this function with a Gram matrix of weighted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fulgurite.methods.column_solver import Order, View, checked_block_size, column_order, solve_columns
+from fulgurite.methods.inverse_factor import checked_gram, damped_factor
+from fulgurite.methods.quantization.grid import (
+    UNQUANTIZED_BITS,
+    GridSettings,
+    GroupSize,
+    Scheme,
+    fit_grid,
+    fit_groups,
+    group_of_columns,
+)
+from fulgurite.methods.quantization.quantized_weight import Compressed, QuantizedWeight, checked_weight
+
+Groups = Literal["fresh", "stale", "static"]
+
+
+class GridRule:
+    """A column becomes what its group's grid makes of it.
+
+    Args:
+        groups: the group of every column, in the solver's order.
+        scale: (G, out) or (G, 1); filled group by group where ``fitted_when`` is not static.
+        zero: like ``scale``.
+        settings: of the grids.
+        shape: (in, out).
+        fitted_when: see above.
+        kept: (in, out) bool, weights that are not rounded.
+        pruned: (in, out) bool, weights that become 0; it may be filled while columns are solved.
+    """
+
+    def __init__(
+        self,
+        groups: list[int],
+        scale: Tensor,
+        zero: Tensor,
+        settings: GridSettings,
+        shape: tuple[int, int],
+        fitted_when: Groups = "static",
+        kept: Tensor | None = None,
+        pruned: Tensor | None = None,
+    ) -> None:
+        self.groups, self.scale, self.zero, self.settings = groups, scale, zero, settings
+        self.kept, self.pruned = kept, pruned
+        self.integers = torch.empty(shape, dtype=torch.uint8, device=scale.device)
+        self.keeps_start = fitted_when == "stale"
+        starts = [j for j, group in enumerate(groups) if j == 0 or groups[j - 1] != group]
+        self.reads: Mapping[int, int] = {}
+        if fitted_when != "static":
+            self.reads = dict(zip(starts, starts[1:] + [len(groups)]))
+
+    def look(self, column: int, view: View) -> None:
+        """Fit the grid of the group that begins here."""
+        stop = self.reads[column]
+        rows = (view.stale(stop) if self.keeps_start else view.fresh(stop)).T
+        excluded = None if self.kept is None else self.kept[column:stop].T
+        group = self.groups[column]
+        self.scale[group], self.zero[group] = fit_grid(rows, self.settings, excluded)
+
+    def replace(self, column: int, values: Tensor) -> Tensor:
+        """The value on the grid; its integer is noted."""
+        group = self.groups[column]
+        scale, zero = self.scale[group], self.zero[group]
+        levels = torch.div(values, scale).round_().add_(zero).clamp_(0, self.settings.largest)
+        if self.kept is not None:
+            levels = torch.where(self.kept[column], zero, levels)
+        if self.pruned is not None:
+            levels = torch.where(self.pruned[column], zero, levels)
+        self.integers[column] = levels
+        rounded = levels.sub_(zero).mul_(scale)
+        return rounded if self.kept is None else torch.where(self.kept[column], values, rounded)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor,
+    gram: Tensor,
+    bits: int,
+    group_size: GroupSize = "channel",
+    scheme: Scheme = "asymmetric",
+    clip_search: bool = False,
+    scale_dtype: torch.dtype | None = None,
+    order: Order = "none",
+    groups: Groups = "fresh",
+    percdamp: float = 0.01,
+    block_size: int = 128,
+    kept: Tensor | None = None,
+    zero_dead_kept: bool = False,
+) -> Compressed:
+    """Quantize the weight of one linear layer.
+
+    Memory beside the arguments: one copy of the weight in float32 and two matrices (in, in), or, once the factor is
+    there, one of each and a byte per weight. Time: O(in^3 + out in^2). Columns of H that are all 0 are dead: their
+    weights become 0.
+
+    Args:
+        weight: (out, in). It is not changed; float64 is solved in float64, all else in float32.
+        gram: (in, in), X^T X of the layer's inputs by any factor, as `GramStatistics` takes it.
+        bits: 1 to 8; 16 or more leave the weight as it is.
+        group_size: columns that share a scale per row, or a whole row (``channel``), or the whole ``tensor``. Grids
+            of rows and tensors are always fitted on the weight as given.
+        scheme: the grid; see `grid`.
+        clip_search: search the range that loses least.
+        scale_dtype: type in which scales are stored; they are rounded to it before columns are.
+        order: solve columns as they come, by falling energy (``activation``; without ``static`` groups a group is
+            then a run of that order), or by falling energy within groups and of groups (``group_aware``).
+        groups: where grids of groups are fitted; see above.
+        percdamp: multiple of the mean of diag H that is added to it; see `damped_factor` for what follows a failure.
+        block_size: columns between two updates of all that follow; changes results with ``stale`` groups alone.
+        kept: (out, in) bool, weights that are not rounded (TaCQ). They do not stretch the grid.
+        zero_dead_kept: zero kept weights of dead columns too, as the published code does.
+
+    Returns:
+        See `Compressed`. A kept weight has the value that the loop left it with.
+
+    Raises:
+        ValueError: an argument is out of its range, shapes do not fit, or an entry is not finite.
+    """
+    dense = checked_weight(weight)
+    num_columns = dense.shape[1]
+    checked_gram(gram, num_columns, percdamp)
+    checked_block_size(block_size)
+    if groups not in get_args(Groups):
+        raise ValueError(f"groups={groups!r}: expected 'fresh', 'stale' or 'static'")
+    if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
+        raise ValueError(f"kept is {kept.dtype} of {tuple(kept.shape)}, expected bool of {tuple(weight.shape)}")
+    if bits >= UNQUANTIZED_BITS:
+        return Compressed(weight.detach().clone())
+    settings = GridSettings(bits, scheme, clip_search, scale_dtype)
+    group_index = group_of_columns(num_columns, group_size).to(dense.device)
+    if group_size in ("channel", "tensor"):
+        groups = "static"
+    perm = column_order(gram.diagonal().to(dense.dtype), order, group_index)
+    if order == "activation" and groups != "static":
+        solved_groups = group_index.clone()
+        group_index[perm] = solved_groups
+    else:
+        solved_groups = group_index if perm is None else group_index[perm]
+
+    if groups == "static":
+        scale, zero = (fitted.T.contiguous() for fitted in fit_groups(dense, group_size, settings, kept))
+    else:
+        scale, zero = dense.new_empty(2, int(group_index.max()) + 1, len(dense))
+    factor = damped_factor(gram, perm, percdamp, dense.dtype)
+
+    solved = dense.T.clone(memory_format=torch.contiguous_format)
+    dead = gram.diagonal() == 0
+    spared = None if kept is None or zero_dead_kept else kept.T & dead[:, None]
+    solved.masked_fill_(dead[:, None] if spared is None else dead[:, None] & ~spared, 0)
+    kept_columns = None if kept is None else kept.T
+    if perm is not None:
+        solved = solved[perm]
+        kept_columns = None if kept is None else kept_columns[perm]
+    rule = GridRule(solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns)
+    loss = solve_columns(solved, factor.upper, rule, block_size)
+
+    inverse = slice(None) if perm is None else perm.argsort()
+    quantized = QuantizedWeight(
+        integers=rule.integers[inverse].T.contiguous(),
+        scale=scale.T.to(scale_dtype or dense.dtype).contiguous(),
+        zero=zero.T.to(torch.uint8).contiguous(),
+        group_index=group_index,
+        bits=bits,
+        kept=kept,
+        kept_values=None if kept is None else solved[inverse].T[kept].to(weight.dtype),
+    )
+    damping = factor.damping
+    del factor, solved
+    return Compressed(quantized.dequantize(weight.dtype), quantized, loss=loss, damping=damping)
