@@ -74,6 +74,10 @@ class Operands:
             yield start, *self._read([tensor[start : start + self.size] for tensor in flat])
         self.checked.add(self.name)
 
+    def part(self, start: int, count: int) -> Read:
+        """Base and experts, of the ``count`` flat entries from ``start`` on. Errors as `pieces`."""
+        return self._read([tensor.detach().reshape(-1)[start : start + count] for tensor in self.tensors])
+
     def rows(self, columns: int) -> Iterator[Read]:
         """Base and experts, of blocks (R, columns) in order; at least one row each. Errors as `pieces`."""
         if self.num_entries == 0:
