@@ -1,12 +1,12 @@
 """SparseGPT: prune column by column and let the columns that follow make up for it (arXiv 2301.00774).
 
-    score_ij = w_ij^2 / U_jj^2, by the weights as they are when the choice is made
+    score_ij = w_ij^2 / U_jj^2 (here its root), by the weights as they are when the choice is made
     by fraction   at the start of every block of columns, the smallest scores of the block, over all rows
     by N:M        before every M columns, the M - N smallest scores of a row
 
 Exactly round(p out in) weights are pruned, spread over the blocks by their size; the published code prunes one more per
-block. Of a last run that is shorter than M, at most N are kept. Of equal scores the first go. Together with a grid,
-the weights that stay are rounded to it; it is fitted on the dense weights.
+block. Of a last run that is shorter than M, at most N are kept. Of equal scores the first go, column by column.
+Together with a grid, the weights that stay are rounded to it; it is fitted on the dense weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fulgurite.methods.column_solver import View, checked_block_size, solve_columns
+from fulgurite.methods.exact_masks import rounded_count, smallest_of_rows
 from fulgurite.methods.inverse_factor import checked_gram, damped_factor
+from fulgurite.methods.pruning.n_m import largest_of_runs, two_of_four
 from fulgurite.methods.pruning.pattern import kept_of
 from fulgurite.methods.quantization.gptq import GridRule
 from fulgurite.methods.quantization.grid import (
@@ -62,45 +64,20 @@ class SparseRule:
     def look(self, column: int, view: View) -> None:
         """Choose among the weights from here on."""
         stop = self.reads[column]
-        scores = (view.fresh(stop) / self.pivots[column:stop, None]).square_()
+        scores = (view.fresh(stop) / self.pivots[column:stop, None]).abs_()
         if self.pattern is not None:
-            kept, _ = self.pattern
-            self.pruned[column:stop] = smallest_of_runs(scores, max(len(scores) - kept, 0))
+            kept, run = self.pattern
+            whole = (kept, run, len(scores)) == (2, 4, 4)
+            self.pruned[column:stop] = ~(two_of_four(scores.T) if whole else largest_of_runs(scores.T, kept)).T
         else:
-            self.pruned[column:stop] = smallest(scores, self.num_pruned[stop] - self.num_pruned[column])
+            count = self.num_pruned[stop] - self.num_pruned[column]
+            self.pruned[column:stop] = smallest_of_rows(scores.reshape(1, -1), count).view_as(scores)
 
     def replace(self, column: int, values: Tensor) -> Tensor:
         """0 where a weight was chosen."""
         if self.grid is not None:
             return self.grid.replace(column, values)
         return values.masked_fill(self.pruned[column], 0)
-
-
-def smallest(scores: Tensor, count: int) -> Tensor:
-    """Which ``count`` of all scores (n, out) are the smallest, (n, out) bool; of equal ones, the first by row of W."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.flatten().kthvalue(count).values
-    chosen = scores <= threshold
-    surplus = int(chosen.sum()) - count
-    if surplus > 0:
-        rows, columns = (scores == threshold).T.nonzero()[-surplus:].unbind(1)
-        chosen[columns, rows] = False
-    return chosen
-
-
-def smallest_of_runs(scores: Tensor, count: int) -> Tensor:
-    """Which ``count`` of every n scores (n, out) are the smallest, (n, out) bool; of equal ones, the first.
-
-    By rank, the number of scores that come before: n^2 comparisons of rows, far quicker here than sorting.
-    """
-    rank = torch.zeros_like(scores, dtype=torch.uint8 if len(scores) < 256 else torch.int64)
-    for one in range(len(scores)):
-        for other in range(one):
-            later = scores[one] < scores[other]  # the later one is smaller, so it comes before
-            rank[other] += later
-            rank[one] += ~later
-    return rank < count
 
 
 @torch.no_grad()
@@ -147,9 +124,12 @@ def sparsegpt(
     checked_block_size(block_size)
     if (sparsity is None) == (pattern is None):
         raise ValueError(f"sparsity={sparsity}, pattern={pattern!r}: expected one of the two")
-    if sparsity is not None and not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity={sparsity}: expected a fraction from 0 to 1")
     runs = None if pattern is None else kept_of(pattern)
+    width = block_size if runs is None else runs[1]
+    reads = {start: min(start + width, num_columns) for start in range(0, num_columns, width)}
+    num_pruned = {}
+    if sparsity is not None:
+        num_pruned = {end: rounded_count(sparsity, num_rows * end) for end in [0, *reads.values()]}
     if bits >= UNQUANTIZED_BITS and (sparsity == 0 or (runs is not None and runs[0] == runs[1])):
         return Compressed(weight.detach().clone(), mask=torch.ones_like(weight, dtype=torch.bool))
 
@@ -162,11 +142,6 @@ def sparsegpt(
         grid = GridRule(group_index.tolist(), scale, zero, settings, shape)
     factor = damped_factor(gram, None, percdamp, dense.dtype)
 
-    width = block_size if runs is None else runs[1]
-    reads = {start: min(start + width, num_columns) for start in range(0, num_columns, width)}
-    num_pruned = {}
-    if sparsity is not None:
-        num_pruned = {end: round(sparsity * num_rows * end) for end in [0, *reads.values()]}
     rule = SparseRule(factor.upper.diagonal(), shape, reads, num_pruned, runs, grid)
     solved = dense.T.clone(memory_format=torch.contiguous_format)
     solved.masked_fill_((gram.diagonal() == 0)[:, None], 0)
