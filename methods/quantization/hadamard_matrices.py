@@ -130,8 +130,10 @@ def can_construct(order: int) -> bool:
     if order in WILLIAMSON:
         return True
     half = order // 2
-    return order % 4 == 0 and order <= LARGEST_BASE and bool(
-        prime_power(order - 1) or ((half - 1) % 4 == 1 and prime_power(half - 1))
+    return (
+        order % 4 == 0
+        and order <= LARGEST_BASE
+        and bool(prime_power(order - 1) or ((half - 1) % 4 == 1 and prime_power(half - 1)))
     )
 
 

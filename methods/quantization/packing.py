@@ -37,7 +37,7 @@ def pack_int(integers: Tensor, bits: int, dim: Literal[0, 1] = 1) -> Tensor:
     """
     if bits not in range(1, 9):
         raise ValueError(f"bits={bits}: expected 1 to 8")
-    if integers.numel() and not (integers.min() >= 0 and integers.max() < 2**bits):
+    if integers.numel() and not (int(integers.min()) >= 0 and int(integers.max()) < 2**bits):
         raise ValueError(f"integers from {integers.min()} to {integers.max()} do not fit in {bits} bits without sign")
     if dim == 0:
         return pack_int(integers.T, bits).T.contiguous()

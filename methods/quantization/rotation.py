@@ -1,0 +1,216 @@
+"""Rotate a model, so that no channel stands out, and it computes the same (QuaRot, arXiv 2404.00456; RSQ, 2503.01820).
+
+    stream    x <- x Q: writers W <- Q^T W, b <- Q^T b, embeddings E <- E Q, readers W <- W Q
+    values    v <- H_hd v in every head;  o: W <- W (H_heads x H_hd)^T, and its input across heads by H_heads (online)
+    hidden    down: W <- W H_ff^T, and its input by H_ff (online)
+
+Q = diag(s) H^T / sqrt(d), or the Q of Gaussian numbers. Norms are folded first (`norm_fusing`). Streams of one width
+have one Q. All is done in float64, in place; only seeds and sizes need to be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fulgurite.methods.quantization.hadamard import Fallback, Rotation
+from fulgurite.methods.quantization.hadamard_matrices import split_size
+from fulgurite.methods.quantization.norm_fusing import fuse_norms, matrix_of, readers_of_norms, writers
+from fulgurite.methods.structure import Attention, ModelSpec, any_sites
+
+Heads = Literal["none", "merged", "online"]
+
+
+@dataclass(frozen=True)
+class RotationRecord:
+    """What was done to a model, as plain values.
+
+    Args:
+        streams: width -> rotation of the residual streams of that width.
+        online: linear layer -> rotation of its input at run time.
+        fused: norm -> what it was.
+    """
+
+    streams: Mapping[int, Rotation]
+    online: Mapping[str, Rotation] = field(default_factory=dict)
+    fused: Mapping[str, str] = field(default_factory=dict)
+
+    def data(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "streams": {str(width): rotation.data() for width, rotation in self.streams.items()},
+            "online": {name: rotation.data() for name, rotation in self.online.items()},
+            "fused": dict(self.fused),
+        }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> RotationRecord:
+        """From what `data` gave."""
+        streams = {int(width): Rotation.from_data(rotation) for width, rotation in data["streams"].items()}
+        online = {name: Rotation.from_data(rotation) for name, rotation in data["online"].items()}
+        return cls(streams, online, data["fused"])
+
+
+@torch.no_grad()
+def rotate(
+    model: nn.Module,
+    spec: ModelSpec,
+    seed: int = 0,
+    residual: Literal["hadamard", "gaussian"] = "hadamard",
+    heads: Heads = "online",
+    feed_forward: bool = True,
+    fallback: Fallback = "error",
+    centre_all_embeddings: bool = False,
+) -> RotationRecord:
+    """Fold a model's norms and rotate it, in place. Logits stay what they are, up to rounding.
+
+    Memory: two copies of the largest matrix in float64.
+
+    Args:
+        model: not yet rotated.
+        spec: with ``norm_linear_pairs``, and ``writers``, ``attentions`` and ``feed_forward_outputs`` of its towers.
+        seed: of signs or Gaussian numbers; those of a width also depend on the width.
+        residual: which Q.
+        heads: ``none``; ``merged``, within heads, without work at run time; ``online``, across heads too.
+        feed_forward: rotate the hidden units, at run time.
+        fallback: what to do where no Hadamard matrix fits; see `Rotation.hadamard`.
+        centre_all_embeddings: see `fuse_norms`.
+
+    Raises:
+        ValueError: a size that no Hadamard matrix fits, and all that `fuse_norms` refuses.
+    """
+    if heads not in ("none", "merged", "online"):
+        raise ValueError(f"heads={heads!r}: expected 'none', 'merged' or 'online'")
+    streams = {tower.width: stream_rotation(tower.width, seed, residual, fallback) for tower in spec.towers}
+    planned = online_rotations(model, spec, heads, feed_forward, fallback, seed)  # sizes are checked before any change
+    readers = readers_of_norms(model, spec)
+    widths = {name: model.get_submodule(name).weight.numel() for name in readers}
+    if unknown := sorted(set(widths.values()) - set(streams)):
+        raise ValueError(f"norms of width {unknown}, but the towers have {sorted(streams)}")
+    fused = fuse_norms(model, spec, centre_all_embeddings)
+    for norm, linears in readers.items():
+        for name in linears:
+            rotate_inputs(matrix_of(name, model.get_submodule(name)), streams[widths[norm]])
+    seen: set[int] = set()
+    for tower in spec.towers:
+        for name, module in writers(model, spec, tower.name):
+            if id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                rotate_outputs(name, module, streams[tower.width])
+        if heads != "none":
+            for attention in tower.attentions:
+                rotate_heads(model, attention, heads, fallback, seed)
+        if feed_forward:
+            for name in any_sites(model, tower.feed_forward_outputs):
+                rotate_inputs(matrix_of(name, model.get_submodule(name)), planned[name])
+    record = RotationRecord(streams, planned, fused)
+    install_online(model, record)
+    return record
+
+
+def stream_rotation(width: int, seed: int, residual: str, fallback: Fallback) -> Rotation:
+    """Q of a stream."""
+    if residual == "gaussian":
+        return Rotation(("gaussian",), (width,), seed + width)
+    if residual != "hadamard":
+        raise ValueError(f"residual={residual!r}: expected 'hadamard' or 'gaussian'")
+    return Rotation.hadamard(width, seed + width, fallback)
+
+
+def unsigned(size: int, fallback: Fallback, seed: int) -> Rotation:
+    """A Hadamard matrix without signs, or the fall-back."""
+    dense = fallback == "gaussian" and split_size(size) is None
+    return Rotation.hadamard(size, seed + size if dense else None, fallback)
+
+
+def kronecker(outer: Rotation, inner: Rotation) -> Rotation:
+    """Of the Kronecker product of two without signs."""
+    seeds = {rotation.seed for rotation in (outer, inner) if rotation.seed is not None}
+    if len(seeds) > 1:
+        raise ValueError(f"no Hadamard matrix fits {outer.size} heads of {inner.size}: choose heads='none'")
+    return Rotation(outer.kinds + inner.kinds, outer.sizes + inner.sizes, next(iter(seeds), None))
+
+
+def identity(size: int) -> Rotation:
+    """No rotation."""
+    return Rotation(("identity",), (size,))
+
+
+def online_rotations(
+    model: nn.Module, spec: ModelSpec, heads: Heads, feed_forward: bool, fallback: Fallback, seed: int
+) -> dict[str, Rotation]:
+    """Linear layer -> what its input is rotated by at run time."""
+    found = {}
+    for tower in spec.towers:
+        if heads != "none" and not tower.attentions:
+            raise ValueError(f"tower {tower.name!r} has no attentions in the model's spec: choose heads='none'")
+        if feed_forward and tower.feed_forward_outputs is None:
+            raise ValueError(
+                f"tower {tower.name!r} has no feed_forward_outputs in the model's spec: choose feed_forward=False"
+            )
+        for attention in tower.attentions if heads == "online" else ():
+            across = kronecker(unsigned(attention.num_heads, fallback, seed), identity(attention.head_dim))
+            found.update(dict.fromkeys(any_sites(model, attention.output), across))
+        if feed_forward:
+            for name in any_sites(model, tower.feed_forward_outputs):
+                width = matrix_of(name, model.get_submodule(name)).shape[1]
+                found[name] = unsigned(width, fallback, seed)
+    return found
+
+
+def rotate_inputs(matrix: Tensor, rotation: Rotation) -> None:
+    """W <- W Q of (out, in)."""
+    matrix.copy_(rotation(matrix.double()))
+
+
+def rotate_outputs(name: str, module: nn.Module, rotation: Rotation) -> None:
+    """W <- Q^T W and b <- Q^T b; of an embedding E <- E Q."""
+    matrix = matrix_of(name, module)
+    matrix.copy_(rotation(matrix.double().T.contiguous(), in_place=True).T)
+    if getattr(module, "bias", None) is not None:
+        module.bias.copy_(rotation(module.bias.double()))
+
+
+def rotate_heads(model: nn.Module, attention: Attention, heads: Heads, fallback: Fallback, seed: int) -> None:
+    """Rotate values within heads; the layer that reads them undoes it, and the rotation across heads."""
+    names, outputs = any_sites(model, attention.value), any_sites(model, attention.output)
+    if len(names) != len(outputs):
+        raise ValueError(f"{len(names)} layers {attention.value!r}, but {len(outputs)} {attention.output!r}")
+    within = unsigned(attention.head_dim, fallback, seed)
+    across = unsigned(attention.num_heads, fallback, seed) if heads == "online" else identity(attention.num_heads)
+    for value, output in zip(names, outputs):
+        rotate_outputs(value, model.get_submodule(value), kronecker(identity(attention.num_key_value_heads), within))
+        matrix = matrix_of(output, model.get_submodule(output))
+        rotate_inputs(matrix, kronecker(identity(attention.num_heads), within))
+        rotate_inputs(matrix, kronecker(across, identity(attention.head_dim)))
+
+
+class RotateInput:
+    """A hook that rotates the first input of a linear layer. Hooks that are added later see it rotated."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.rotation = rotation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the module is called with instead."""
+        return (self.rotation(args[0]), *args[1:])
+
+
+def install_online(model: nn.Module, record: RotationRecord) -> list[RemovableHandle]:
+    """Rotate inputs at run time, in a model with rotated weights; names and weights stay as they are.
+
+    Raises:
+        ValueError: a layer rotates its input already.
+    """
+    handles = []
+    for name, rotation in record.online.items():
+        module = model.get_submodule(name)
+        if any(isinstance(hook, RotateInput) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(f"{name} rotates its input already")
+        handles.append(module.register_forward_pre_hook(RotateInput(rotation)))
+    return handles
