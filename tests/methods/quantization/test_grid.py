@@ -115,7 +115,7 @@ def test_a_zero_stays_on_the_grid_when_the_stored_scale_is_smaller():
 
 
 def test_scales_beyond_the_stored_type_are_refused_and_tiny_ones_are_not_zero():
-    with pytest.raises(ValueError, match="scale_dtype torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"scale_dtype torch\.bfloat16"):
         quantize_rtn(torch.full((2, 4), 1e6), 2, scale_dtype=torch.float16)
     found = quantize_rtn(torch.full((2, 4), 1e-9), 2, scale_dtype=torch.float16)
     assert torch.isfinite(found.weight).all()
