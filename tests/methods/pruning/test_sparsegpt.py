@@ -17,8 +17,8 @@ def layer(rows=6, columns=29, seed=0, dtype=torch.float64):
 def slow_sparsegpt(weight, gram, choose, grid=None, percdamp=0.01):
     """Optimal brain surgery in float64 with a matrix inverse per column.
 
-    ``choose(column, weight, saliency)`` gives the (out, n) bool of pruned weights of the columns from ``column`` on when
-    their turn to be chosen has come, and nothing otherwise.
+    ``choose(column, saliency)`` gives the (out, n) bool of the weights that are pruned from ``column`` on, where
+    columns are due to be chosen, and nothing otherwise.
     """
     weight = weight.clone()
     gram = gram + percdamp * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
