@@ -11,6 +11,25 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Attention layers of a tower whose heads are runs of equal length, one after the other.
+
+    Args:
+        value: pattern of the linear layers that give the values.
+        output: pattern of those that read what the heads give, as many and in the same order.
+        num_heads: of the queries.
+        num_key_value_heads: of keys and values; each serves as many query heads.
+        head_dim: length of a head's value.
+    """
+
+    value: str
+    output: str
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class Tower:
     """A stack of equal blocks.
 
@@ -21,6 +40,11 @@ class Tower:
         width: size of the residual stream.
         embedding: name of the input embedding module.
         final_norm: name of the norm after the last block.
+        memory: name of the tower before it whose output its cross-attention reads.
+        writers: patterns of what is added to the residual stream: linear layers, and embeddings other than
+            ``embedding``. A linear layer that projects another tower's output into this one is among them.
+        attentions: its attention layers.
+        feed_forward_outputs: pattern of the linear layers that read the hidden units.
     """
 
     name: str
@@ -29,6 +53,10 @@ class Tower:
     width: int
     embedding: str | None = None
     final_norm: str | None = None
+    memory: str | None = None
+    writers: tuple[str, ...] = ()
+    attentions: tuple[Attention, ...] = ()
+    feed_forward_outputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +68,8 @@ class ModelSpec:
         head: name of the output module.
         points: public name of a place -> (pattern over module names, how many modules it must match).
         shared_inputs: groups of patterns of linear layers that receive the same input.
-        norm_linear_pairs: (norm pattern, pattern of the linears that read it).
+        norm_linear_pairs: (norm pattern, pattern of the linears that read it and nothing else). A norm inside a block
+            is read in its own block, any other wherever the second pattern matches.
         tied: groups of parameter names that are one tensor.
     """
 
@@ -58,6 +87,10 @@ class ModelSpec:
                 return sites(root, each.blocks, each.num_blocks)
         raise LookupError(f"no tower {tower!r}; this model has {[t.name for t in self.towers]}")
 
+    def all_block_names(self, root: nn.Module) -> list[str]:
+        """Names of the blocks of all towers, in the order in which data flows through them."""
+        return [name for tower in self.towers for name in self.block_names(root, tower.name)]
+
     def point_names(self, root: nn.Module, point: str) -> list[str]:
         """Names of the modules at the public place ``point``, in order."""
         if point not in self.points:
@@ -74,7 +107,21 @@ def sites(root: nn.Module, pattern: str, expected: int) -> list[str]:
     names = [name for name, _ in root.named_modules()]
     found = [name for name in names if re.fullmatch(pattern, name)]
     if len(found) != expected:
-        plain = re.sub(r"\\(.)", r"\1", pattern)
-        near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
-        raise LookupError(f"pattern {pattern!r} matches {len(found)} modules, expected {expected}; near: {near}")
+        raise no_match(pattern, names, f"{len(found)} modules, expected {expected}")
     return found
+
+
+def any_sites(root: nn.Module, pattern: str) -> list[str]:
+    """As `sites`, where only no match at all is an error."""
+    names = [name for name, _ in root.named_modules()]
+    found = [name for name in names if re.fullmatch(pattern, name)]
+    if not found:
+        raise no_match(pattern, names, "no module")
+    return found
+
+
+def no_match(pattern: str, names: list[str], found: str) -> LookupError:
+    """What to raise where ``pattern`` matches ``found``, with the names closest to it."""
+    plain = re.sub(r"\\(.)", r"\1", pattern)
+    near = difflib.get_close_matches(plain, names, n=3, cutoff=0.3)
+    return LookupError(f"pattern {pattern!r} matches {found}; near: {near}")
