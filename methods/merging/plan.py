@@ -26,11 +26,18 @@ class Matching:
         rows: matrices with another number of rows (vocabularies): ``"error"``, or ``"common"`` to merge the rows that
             all have and leave out the rest.
         donor: index of the expert whose integer entries are taken where they differ; None makes that an error.
+
+    Raises:
+        ValueError: the donor is a negative number.
     """
 
     strict: bool = True
     rows: Literal["error", "common"] = "error"
     donor: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.donor is not None and self.donor < 0:
+            raise ValueError(f"donor={self.donor}: experts are counted from 0")
 
 
 @dataclass(frozen=True)
@@ -168,9 +175,12 @@ def plan_of(
         labels: what to call the models in an error, the base first; ``the base``, ``expert 0`` .. by default.
 
     Raises:
-        ValueError: with all names that some lack, shapes that differ, and integer entries that disagree.
+        ValueError: with all names that some lack, shapes that differ, ties that some lack, and integer entries that
+            disagree; or a donor that is none of the experts.
     """
     matching = matching or Matching()
+    if matching.donor is not None and matching.donor >= len(experts):
+        raise ValueError(f"donor={matching.donor}: there are {len(experts)} experts, counted from 0")
     models = [*([] if base is None else [base]), *experts]
     labels = labels or [source_name(number, base is not None) for number in range(len(models))]
     names: dict[str, None] = {name: None for model in models for name in model}
@@ -191,6 +201,9 @@ def plan_of(
         place = (first.data_ptr(), first.storage_offset(), tuple(first.shape), tuple(first.stride()))
         if first.numel() and place in seen:
             tied[name] = seen[place]
+            apart = [n for n, model in enumerate(models) if not torch.equal(model[name], model[seen[place]])]
+            if apart:
+                problems.append(f"{name}: one tensor with {seen[place]} in {labels[0]}, another in {labels[apart[0]]}")
             continue
         seen[place] = name
         if unlike := shape_problems(name, tensors, matching.rows):
