@@ -1,3 +1,17 @@
-"""Weights in a few bits: grids, rounding to them, GPTQ, and the layouts in which integers are stored."""
+"""Weights in a few bits: grids, rounding to them, GPTQ, rotations, importance, and the layouts of integers."""
 
-__all__ = ["gptq", "grid", "packing", "quantized_weight", "rtn"]
+__all__ = [
+    "attention_mass",
+    "bit_allocation",
+    "gptq",
+    "grid",
+    "hadamard",
+    "hadamard_matrices",
+    "norm_fusing",
+    "packing",
+    "quantized_weight",
+    "rotation",
+    "rtn",
+    "task_circuit",
+    "token_importance",
+]
