@@ -28,6 +28,13 @@ class Average(Elementwise):
     def __init__(self, normalize: bool = True) -> None:
         self.normalize = normalize
 
+    def check(self, num_experts: int, has_base: bool, weights: Sequence[float] | None) -> list[float]:
+        """See `Merger.check`; also refuses weights that cancel where they are divided by their sum."""
+        weights = super().check(num_experts, has_base, weights)
+        if self.normalize and abs(sum(weights)) < 1e-8:
+            raise ValueError(f"Average divides by the sum of the weights, and {weights} cancel: set normalize to false")
+        return weights
+
     def merge_tensor(
         self, name: str, base: Tensor | None, experts: Sequence[Tensor], weights: Sequence[float]
     ) -> Tensor:

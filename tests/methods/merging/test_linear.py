@@ -47,3 +47,17 @@ def test_weights_that_cancel_are_a_plain_sum(base, experts):
     merged = TaskArithmetic(1.0, normalize=True)(experts[:2], base, [1.0, -1.0])
     expected = base["embed.weight"] + experts[0]["embed.weight"] - experts[1]["embed.weight"]
     torch.testing.assert_close(merged["embed.weight"], expected)
+
+
+def test_a_mean_has_no_weights_that_cancel(experts):
+    with pytest.raises(ValueError, match=r"\[1.0, -1.0\] cancel: set normalize to false"):
+        Average()(experts[:2], weights=[1, -1])
+    difference = Average(normalize=False)(experts[:2], weights=[1, -1])
+    assert torch.equal(difference["scale"], experts[0]["scale"] - experts[1]["scale"])
+
+
+def test_taking_a_model_away_leaves_variances_positive(base, experts):
+    merged = TaskArithmetic(1.0)(experts, base, [1.0, 1.0, -3.0])
+    shares = torch.tensor([0.2, 0.2, 0.6])
+    expected = sum(share * expert["bn.running_var"] for share, expert in zip(shares, experts))
+    torch.testing.assert_close(merged["bn.running_var"], expected)
