@@ -1,1 +1,12 @@
 """Weights set to zero: which ones, how many of each layer, and what the others do about it."""
+
+__all__ = [
+    "allocation",
+    "block_importance",
+    "global_schedule",
+    "magnitude",
+    "n_m",
+    "pattern",
+    "sparsegpt",
+    "wanda",
+]
