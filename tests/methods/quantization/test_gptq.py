@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fulgurite.methods.column_solver import column_order
 from fulgurite.methods.quantization.gptq import gptq
 from fulgurite.methods.quantization.grid import GridSettings, fit_grid
 from fulgurite.methods.quantization.rtn import quantize_rtn
@@ -195,6 +196,13 @@ def test_dead_columns_become_zero_and_nothing_else_notices():
     torch.testing.assert_close(again.weight[:, others], found.weight[:, others])
 
 
+def test_dead_columns_are_ordered_as_if_their_energy_were_one():
+    energy = torch.tensor([0.5, 0.0, 3.0, 2.0, 0.0])
+    groups = torch.tensor([0, 0, 1, 1, 2])
+    assert column_order(energy, "activation", groups).tolist() == [2, 3, 1, 4, 0]
+    assert column_order(energy, "group_aware", groups).tolist() == [2, 3, 1, 0, 4]
+
+
 @pytest.mark.parametrize("order", ["none", "activation", "group_aware"])
 def test_kept_weights_take_compensation_and_cause_no_error(order):
     weight, gram = layer()
@@ -211,6 +219,7 @@ def test_kept_weights_take_compensation_and_cause_no_error(order):
     assert torch.equal(~on_grid, some)
     assert not torch.equal(found.weight[some], weight[some])
     assert torch.equal(quantized.kept_values, found.weight[some])
+    assert torch.equal(quantized.integers[some], quantized.zero[:, index][some])
     assert found.loss < plain.loss
 
 

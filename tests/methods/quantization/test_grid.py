@@ -119,6 +119,7 @@ def test_scales_beyond_the_stored_type_are_refused_and_tiny_ones_are_not_zero():
         quantize_rtn(torch.full((2, 4), 1e6), 2, scale_dtype=torch.float16)
     found = quantize_rtn(torch.full((2, 4), 1e-9), 2, scale_dtype=torch.float16)
     assert torch.isfinite(found.weight).all()
+    assert (found.quantized.scale > 0).all()
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 5, 100, "channel", "tensor"])
