@@ -7,6 +7,7 @@ float32 (float64 where a source has it), and cast to the base's type at the end.
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -89,12 +90,25 @@ class Merger(ABC):
         yield self.merge_tensor(operands.name, *operands.whole(), weights).reshape(-1)
 
     def merge_one(self, operands: Operands, weights: Sequence[float]) -> Iterator[Tensor]:
-        """`merge_pieces`, except for running statistics of normalisation, which are averaged."""
-        if not STATISTIC.search(operands.name):
-            yield from self.merge_pieces(operands, weights)
-            return
-        for _, _, experts in operands.pieces():
-            yield average(experts, weights)
+        """`merge_pieces`, except for running statistics of normalisation, which are averaged.
+
+        They are by the size of the weights: a variance from which another is taken away could be negative.
+
+        Raises:
+            ValueError: infinite entries make NaN, as infinity less infinity is.
+        """
+        if STATISTIC.search(operands.name):
+            sizes = [abs(weight) for weight in weights]
+            merged = (average(experts, sizes) for _, _, experts in operands.pieces())
+        else:
+            merged = self.merge_pieces(operands, weights)
+        for piece in merged:
+            if not math.isfinite(piece.sum()) and piece.isnan().any():
+                infinite = [label for label, t in zip(operands.names, operands.tensors) if t.isinf().any()]
+                if infinite:
+                    of = f"{operands.name}, of infinite entries in {', '.join(infinite)}"
+                    raise ValueError(f"{type(self).__name__} makes NaN of {of}")
+            yield piece
 
     def __call__(
         self,

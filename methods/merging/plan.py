@@ -61,6 +61,11 @@ class Operands:
     checked: set[str] = field(default_factory=set)
 
     @property
+    def names(self) -> Sequence[str]:
+        """What to call the models in an error."""
+        return self.labels or [source_name(number, self.has_base) for number in range(len(self.tensors))]
+
+    @property
     def shape(self) -> torch.Size:
         """Of each of them."""
         return self.tensors[0].shape
@@ -109,8 +114,7 @@ class Operands:
             value = part.to(device, dtype)
             # A sum that is finite holds no NaN, and costs less than to look at every entry.
             if self.name not in self.checked and not math.isfinite(value.sum()) and value.isnan().any():
-                label = self.labels[number] if self.labels else source_name(number, self.has_base)
-                raise ValueError(f"{label} holds NaN in {self.name}")
+                raise ValueError(f"{self.names[number]} holds NaN in {self.name}")
             values.append(value)
         return (values[0], values[1:]) if self.has_base else (None, values)
 

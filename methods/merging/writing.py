@@ -93,7 +93,7 @@ class _Writing:
             for model, tensor in zip(models, given):
                 if self.equal[model] and not torch.equal(merged, tensor[part].to(merged.dtype)):
                     self.equal[model] = False
-            yield start, merged.to(self.like[name].dtype)
+            yield start, stored(merged, self.like[name].dtype, name)
             start = part.stop
             if self.seen is not None:
                 self.seen("merge", merged.numel())
@@ -142,6 +142,17 @@ class _Writing:
 def card_of(manifest: Manifest, out: Path) -> dict[str, bytes]:
     """The model card as a document."""
     return {CARD_NAME: card(manifest, out.name).encode()}
+
+
+def stored(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """``values`` in the type that is written. Raises ValueError where one is too large for it."""
+    out = values.to(dtype)
+    if dtype != values.dtype and not math.isfinite(out.sum()) and (out.isinf() & values.isfinite()).any():
+        kind = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: a merged value of {float(values.abs().max()):.4g} is too large for {kind}: set dtype"
+        )
+    return out
 
 
 def square_sum(values: Tensor) -> float:

@@ -95,7 +95,11 @@ def test_files_and_memory_give_the_same_bits(merger, threads, paths, base, exper
     assert manifest.settings["merger"] == type(merger).__name__
 
 
-@pytest.mark.parametrize("merger", [Average(), Ties(0.3), Ties(0.3, dialect="official"), Opcm()], ids=repr)
+@pytest.mark.parametrize(
+    "merger",
+    [Average(), Ties(0.3), Ties(0.3, dialect="official"), Opcm()],
+    ids=["average", "ties", "ties official", "opcm"],
+)
 def test_ranks_that_share_the_work_write_the_same_bits(merger, paths, tmp_path, on_ranks):
     given = paths[0] if merger.needs_base else None
     merge_files(paths[1], tmp_path / "one", merger, given)
@@ -238,3 +242,20 @@ def test_one_expert_comes_back_and_is_no_mistake(paths, experts, tmp_path):
     found = load_tensors(tmp_path / "out")
     assert all(torch.equal(found[n], t) for n, t in experts[0].items())
     assert done.equal_to == [f"expert 0 ({paths[1][0]})"]
+
+
+def test_a_merge_that_is_no_number_is_not_published(tmp_path):
+    base, tuned = (
+        {"mask": torch.tensor([0.0, -torch.inf]), "weight": torch.full((3,), value)} for value in (0.0, 60000.0)
+    )
+    for name, model in (("start", base), ("one", tuned), ("two", {**tuned, "weight": tuned["weight"] / 2})):
+        save_file(model, tmp_path / f"{name}.safetensors")
+    start, one, two = (tmp_path / f"{name}.safetensors" for name in ("start", "one", "two"))
+    before = {p.name for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=r"makes NaN of mask, of infinite entries in the base \(.*start"):
+        merge_files([one, two], tmp_path / "out", TaskArithmetic(1.0), start)
+    with pytest.raises(ValueError, match=r"weight: a merged value of 9e\+04 is too large for float16: set dtype"):
+        merge_files([one, two], tmp_path / "out", Average(normalize=False), dtype=torch.float16)
+    assert leftovers(tmp_path, before) == []
+    merge_files([one, two], tmp_path / "out", Average(), dtype=torch.float16)
+    assert load_tensors(tmp_path / "out")["mask"].tolist() == [0.0, -torch.inf]
