@@ -84,7 +84,10 @@ def other_values(module: nn.Module, values: Mapping[str, Tensor], where: str) ->
     """
     problems = [f"{name} is only in one of them" for name in values.keys() ^ module.state_dict().keys()]
     reshard(module)  # only then are the parameters the slices
-    targets = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    targets = {
+        **dict(module.named_parameters(remove_duplicate=False)),  # tied ones by each of their names
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
     shapes = {name: (tuple(value.shape), tuple(targets[name].shape)) for name, value in values.items() if not problems}
     problems += [
         f"{name} has shape {there} there, {here} here" for name, (there, here) in shapes.items() if there != here

@@ -79,3 +79,13 @@ def test_the_modules_of_this_project_can_be_scored(make_module):
 
     assert isinstance(make_module(), Scored)
     assert isinstance(make_module(VideoQA), Scored)
+
+
+def test_tied_tensors_are_replaced_under_each_of_their_names():
+    module = torch.nn.ModuleDict({"embedding": torch.nn.Linear(3, 2, bias=False), "head": torch.nn.Linear(3, 2, False)})
+    module["head"].weight = module["embedding"].weight
+    own = module["head"].weight.detach().clone()
+    with other_values(module, doubled(module), "there"):
+        assert torch.equal(module["head"].weight, 2 * own)
+        assert module["head"].weight is module["embedding"].weight
+    assert torch.equal(module["head"].weight, own)
