@@ -131,6 +131,7 @@ def factors_to_peft(
         "target_modules": "|".join(re.escape(site) for site in factors),
         "rank_pattern": {f"^{re.escape(s)}": f.rank for s, f in factors.items() if f.rank != first.rank},
         "alpha_pattern": {f"^{re.escape(s)}": a for s, a in alphas.items() if a != alpha},
+        **dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules")),  # refused beside an expression
         "modules_to_save": None,
     }
     tensors = {}

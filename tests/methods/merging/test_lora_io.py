@@ -92,7 +92,8 @@ def test_peft_files_are_merged_without_a_model_and_peft_computes_it(rslora, x):
     model, bank = build(rank=2, alpha=3.0, rslora=rslora)
     files = [to_peft(bank, name, "tiny") for name in ("a", "b")]
     adapters = [factors_from_peft(*file) for file in files]
-    config, tensors = factors_to_peft(MergeLoRA("mean")(adapters), like=files[0][0])
+    like = {**files[0][0], "layers_to_transform": [0], "layers_pattern": "layers", "exclude_modules": ["q"]}
+    config, tensors = factors_to_peft(MergeLoRA("mean")(adapters), like=like)
     assert (config["base_model_name_or_path"], config["r"], config["use_rslora"]) == ("tiny", 4, False)
     wrapped = get_peft_model(Model(), LoraConfig.from_peft_type(**config))
     assert set_peft_model_state_dict(wrapped, tensors).unexpected_keys == []
