@@ -10,7 +10,10 @@ from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.merge_output import show_merge, show_plan
 
 # Options of models, with the values under which they ask for nothing.
-OF_MODELS = {"base": None, "like": None, "donor": None, "rows": "error", "report": False, "strict": True}
+OF_MODELS = {
+    **dict.fromkeys(("base", "like", "donor", "threads")),
+    **{"rows": "error", "report": False, "strict": True, "max_shard_size": "50GB"},
+}
 
 
 def require_adapters(sources: Sequence[Path], merger: Any) -> bool:

@@ -108,6 +108,7 @@ def test_a_dry_run(folders, capsys):
         ({"r": 4}, (), "in the configuration 4"),
         ({}, ("--base", "a1"), "--base: only for models"),
         ({}, ("--rows", "common"), "--rows"),
+        ({}, ("--threads", "2", "--max_shard_size", "5MB"), "--threads, --max_shard_size: only for models"),
         ({}, ("--merger", "Average"), "no sum of their changes"),
     ],
 )
