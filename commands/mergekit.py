@@ -117,6 +117,11 @@ def vocabulary_rows(
     if problems:
         raise ValueError(listed(problems, "in the tokenizers are wrong or not supported: rows are not rearranged"))
     rows = max(tokens.values()) + 1
+    short = [f"{name}: {size} rows" for name, size in sizes.items() if name in sources and size < rows]
+    if short:
+        raise ValueError(
+            listed(short, f"are too few for the tokens of {recipe.tokenizer}, which need {rows}: no rows are added")
+        )
     for name, state in states.items():
         names = [key for key, t in state.items() if is_vocabulary(key) and t.dim() and len(t) == sizes[name]]
         state |= {key: state[key][:rows] for key in names}

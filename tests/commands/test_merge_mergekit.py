@@ -153,3 +153,14 @@ def test_what_is_refused_leaves_nothing(value, more, said, models, tmp_path, cap
     assert said in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_tokens_without_a_row_are_refused(models, tmp_path, capsys):
+    write_model(tmp_path / "short", 3, rows=5)
+    value = {"models": [{"model": "a"}, {"model": "short"}], "merge_method": "linear", "tokenizer_source": "base"}
+    assert run({**value, "parameters": {"weight": 1}}) == 2
+    assert "short: 5 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    whole = {**LINEAR, "models": [{"model": "short"}], "tokenizer_source": "short"}
+    assert run(whole) == 2
+    assert "too few for the tokens of short, which need 6" in capsys.readouterr().err
