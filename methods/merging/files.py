@@ -8,6 +8,7 @@ another library, the artefact is one too: with configuration and tokenizer, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,8 @@ def prepare(
     plan = plan_of(states[has_base:], states[0] if has_base else None, matching, labels)
     dtypes = {name: dtype or tensors[0].dtype for name, tensors in plan.merged.items()}
     own = {**(settings or {}), "merger": type(merger).__name__, "weights": weights}
+    if matching not in (None, Matching()):
+        own["matching"] = asdict(matching)
     first = sources[has_base]
     owner = companion_folder(sources[: 1 + has_base], like)
     changes = Changes(single_type(dtypes), rows_cut(plan, sources))

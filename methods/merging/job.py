@@ -114,8 +114,11 @@ def job_of(
         others: see `Job` and `prepare`.
 
     Raises:
+        ValueError: no thread.
         CheckpointError: the configuration cannot say it, or the disk is too small.
     """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: give at least 1, or leave it out for all cores")
     # The experts' modules are rebuilt in one way, or they could not be merged; slices are whole now.
     structure = {} if first.manifest is None else {k: v for k, v in first.manifest.structure.items() if k != "shards"}
     parents = [{"path": str(source.path), "digest": source.digest} for source in sources]

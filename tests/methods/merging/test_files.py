@@ -173,6 +173,7 @@ def test_common_rows(paths, experts, tmp_path):
     with pytest.raises(ValueError, match="common"):
         merge_files(sources, tmp_path / "out", Average())
     merge_files(sources, tmp_path / "out", Average(), matching=Matching(rows="common"))
+    assert read_manifest(tmp_path / "out").settings["matching"] == {"strict": True, "rows": "common", "donor": None}
     found = load_tensors(tmp_path / "out")["embed.weight"]
     torch.testing.assert_close(found, (experts[0]["embed.weight"][:5] + short["embed.weight"]) / 2)
 
@@ -204,6 +205,8 @@ def test_what_is_refused_leaves_nothing(paths, experts, tmp_path):
     for sources, out, error, said in cases:
         with pytest.raises(error, match=said):
             merge_files(sources, out, Average())
+    with pytest.raises(ValueError, match="threads=0: give at least 1"):
+        merge_files([a, paths[1][1]], tmp_path / "out", Average(), threads=0)
     assert leftovers(tmp_path, before) == []
 
 
