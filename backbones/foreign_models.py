@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fulgurite.checkpoints import DamagedError, MismatchError, MissingError
@@ -102,8 +104,8 @@ def _of_transformers(tensors: Mapping[str, Tensor], like: Path | None) -> nn.Mod
     cls = getattr(transformers, str(named), None)
     if cls is None:
         raise MismatchError(f"{like / CONFIG} names the architecture {named!r}, which transformers does not have")
-    kinds = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
-    dtype = max(set(kinds), key=kinds.count)
+    kinds = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    dtype = reduce(torch.promote_types, kinds or {torch.float32})  # transformers loads a model in one type
     model, info = cls.from_pretrained(
         None,
         config=config,
