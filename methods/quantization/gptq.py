@@ -158,25 +158,21 @@ def gptq(
         group_index[perm] = solved_groups
     else:
         solved_groups = group_index if perm is None else group_index[perm]
-
     if groups == "static":
         scale, zero = (fitted.T.contiguous() for fitted in fit_groups(dense, group_size, settings, kept))
     else:
         scale, zero = dense.new_empty(2, int(group_index.max()) + 1, len(dense))
     factor = damped_factor(gram, perm, percdamp, dense.dtype)
 
-    solved = dense.T.clone(memory_format=torch.contiguous_format)
-    dead = gram.diagonal() == 0
-    spared = None if kept is None or zero_dead_kept else kept.T & dead[:, None]
-    solved.masked_fill_(dead[:, None] if spared is None else dead[:, None] & ~spared, 0)
-    kept_columns = None if kept is None else kept.T
-    if perm is not None:
-        solved = solved[perm]
-        kept_columns = None if kept is None else kept_columns[perm]
+    columns = torch.arange(num_columns, device=dense.device) if perm is None else perm
+    solved = dense.T.index_select(0, columns)
+    kept_columns = None if kept is None else kept.T.index_select(0, columns)
+    dead = (gram.diagonal() == 0)[columns, None]
+    solved.masked_fill_(dead if kept is None or zero_dead_kept else dead & ~kept_columns, 0)
     rule = GridRule(solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns)
     loss = solve_columns(solved, factor.upper, rule, block_size)
 
-    inverse = slice(None) if perm is None else perm.argsort()
+    inverse = columns.argsort()
     quantized = QuantizedWeight(
         integers=rule.integers[inverse].T.contiguous(),
         scale=scale.T.to(scale_dtype or dense.dtype).contiguous(),

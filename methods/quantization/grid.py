@@ -149,16 +149,12 @@ def as_stored(scale: Tensor, settings: GridSettings) -> Tensor:
 def search_clip(rows: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> None:
     """Put the best scales and zeros of ``rows`` into ``scale`` and ``zero``."""
     best = torch.full_like(scale, math.inf)
-    empty = (low == 0) & (high == 0)
     for step in range(CLIP_STEPS):
         shrink = 1 - step / 100
-        if step == 0:
-            tried, tried_zero = scale.clone(), zero.clone()
-        else:
-            tried, tried_zero = scale_and_zero(shrink * low, shrink * high, settings)
+        tried, tried_zero = scale_and_zero(shrink * low, shrink * high, settings)
         integers = to_integers(rows, tried[:, None], tried_zero[:, None], settings.largest)
         error = to_values(integers, tried[:, None], tried_zero[:, None]).sub_(rows).abs_().pow_(CLIP_EXPONENT).sum(1)
-        better = (error < best) & ~(empty & (step > 0))
+        better = error < best
         best = torch.where(better, error, best)
         scale.copy_(torch.where(better, tried, scale))
         zero.copy_(torch.where(better, tried_zero, zero))

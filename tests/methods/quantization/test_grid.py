@@ -69,6 +69,12 @@ def test_the_clip_search_loses_no_more_than_the_full_range():
     assert errors[1].sum() < 0.97 * errors[0].sum()
 
 
+def test_of_two_ranges_without_loss_the_search_keeps_the_wider():
+    # Of -1 alone, the scales 1 and 1/2 both hit it, as -1 and -2 steps.
+    found = quantize_rtn(torch.tensor([[-1.0]]), 2, scheme="symmetric_quarot", clip_search=True)
+    assert found.quantized.scale.item() == 1
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_of_zeros_stay_zero(scheme):
     weight = draw(3, 8)
