@@ -37,6 +37,7 @@ from fulgurite.checkpoints.manifest import MANIFEST_NAME, Manifest
 from fulgurite.checkpoints.runs import ARTEFACTS
 from fulgurite.methods.merging.base import STATISTIC, average
 from fulgurite.methods.merging.elected import elected_task_vectors
+from fulgurite.methods.ranks import Ranks
 from fulgurite.modules.classification import Classes, Classifier, PictureCollator, classes_in
 from fulgurite.samples import Batch, Collator
 
@@ -174,15 +175,15 @@ class AdaMerging(Classifier):
         return self.optimizer([self.coefficients])
 
     def on_train_end(self) -> None:
-        """Write the artefact; rank 0 does, the others wait."""
+        """Write the artefact; rank 0 does, the others wait, and fail where it does."""
         trainer = self.trainer
         if trainer.fast_dev_run:
             return
-        if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / ARTEFACTS / ARTEFACT
-            self.write(folder, adapted_to=getattr(trainer.datamodule, "adapt_to", "train"), steps=trainer.global_step)
-            rank_zero_info(f"merged {len(self.paths)} classifiers: {folder}")
-        trainer.strategy.barrier("merged")
+        folder = Path(trainer.default_root_dir) / ARTEFACTS / ARTEFACT
+        ranks = Ranks(trainer.global_rank, trainer.world_size)
+        adapted_to = getattr(trainer.datamodule, "adapt_to", "train")
+        ranks.agree(lambda: self.write(folder, adapted_to, trainer.global_step) if ranks.rank == 0 else None)
+        rank_zero_info(f"merged {len(self.paths)} classifiers: {folder}")
 
     @torch.no_grad()
     def merged_state(self) -> dict[str, Tensor]:

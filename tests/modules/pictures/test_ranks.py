@@ -61,3 +61,7 @@ def test_both_processes_hold_one_classifier_and_count_every_picture_once(results
     assert all(torch.equal(first["weights"][name], second["weights"][name]) for name in first["weights"])
     assert first["pictures"] == second["pictures"] == [11.0]
     assert first["accuracy"] == second["accuracy"]
+
+
+def test_where_the_artefact_cannot_be_written_both_processes_fail(results):
+    assert [each["failure"] for each in results] == ["no space left", "rank 0 failed: OSError: no space left"]

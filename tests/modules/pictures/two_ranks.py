@@ -23,8 +23,23 @@ def main(out, *experts):
         "weights": {name: parameter.detach() for name, parameter in module.named_parameters()},
         "pictures": module.test_results["pictures"],
         "accuracy": module.test_results["accuracy"],
+        "failure": failure_of_writing(merging),
     }
     torch.save(results, out / f"{os.environ['LOCAL_RANK']}.pt")
+
+
+def failure_of_writing(merging):
+    """What a rank says where the first one cannot write the artefact."""
+
+    def refuse(*_):
+        raise OSError("no space left")
+
+    merging.write = refuse
+    try:
+        merging.on_train_end()
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":
