@@ -42,7 +42,7 @@ def artefacts_section(
     """
     rows = {**modes, **artefacts}
     splits = [s for s in ("val", "test") if any(f"{s}/accuracy" in row for row in rows.values())]
-    shown = splits[-1]
+    shown = splits[-1] if splits else "test"  # none where nothing was counted
     prefix = f"{shown}/accuracy/"
     domains = list(dict.fromkeys(k.removeprefix(prefix) for row in rows.values() for k in row if k.startswith(prefix)))
     header = ["model", *(f"{split} average" for split in splits), *domains]

@@ -43,3 +43,7 @@ def test_scores_of_validation_alone_give_its_domains():
     section = artefacts_section("Artefacts", {}, {"x": {"val/accuracy": 0.5, "val/accuracy/a": 0.5}}, NAMES)
     assert cells_of(section.printed) == [["x", "50.0", "50.0"]]
     assert "val questions" in section.html
+
+
+def test_an_artefact_on_which_nothing_was_counted_is_named():
+    assert "<td>ties</td>" in artefacts_section("Artefacts", {}, {"ties": {}}, NAMES).html
