@@ -22,13 +22,15 @@ def test_noise_depends_on_its_place_alone_and_is_standard_normal():
     assert abs((whole[:-1:2] * whole[1::2]).mean()) < 0.03
 
 
-def test_a_linear_loss_gives_its_product_with_the_noise_whatever_eps():
+def test_a_linear_loss_gives_its_product_with_the_noise_whatever_eps(monkeypatch):
+    monkeypatch.setattr("fulgurite.methods.statistics.zeroth_order.PIECE", 7)
     weight, slope = draw(6, 5), draw(6, 5, seed=1)
     for eps in (1e-3, 0.5):
-        scores = ZerothOrderStatistics({"w": weight}, eps=eps, seed=3)
+        scores = ZerothOrderStatistics({"w": weight}, eps=eps, draws=2, seed=3)
         scores.update(two_passes(lambda: (slope * weight).sum()), batch=4)
-        noise = scores.noise("w", 4, 0, 30).view(6, 5)
-        assert scores.means()["w"].item() == pytest.approx(abs((slope * noise).sum().item()), rel=1e-9)
+        noises = [scores.noise("w", number, 0, 30).view(6, 5) for number in (8, 9)]
+        expected = sum(abs((slope * noise).sum().item()) for noise in noises) / 2
+        assert scores.means()["w"].item() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("together", [False, True])
