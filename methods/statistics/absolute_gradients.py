@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fulgurite.checkpoints.tensorfile import is_sharded
 from fulgurite.methods.statistics.base import Statistic
 
 
@@ -35,7 +36,7 @@ class AbsoluteGradients(Statistic):
         device: of the sums; that of each weight by default.
 
     Raises:
-        ValueError: no weights, or one weight under two names.
+        ValueError: no weights, one weight under two names, or sharded weights.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class AbsoluteGradients(Statistic):
             raise ValueError(f"moment={moment!r}: expected 'absolute' or 'square'")
         if not parameters:
             raise ValueError("no weights to take gradients of")
+        if sharded := [name for name, parameter in parameters.items() if is_sharded(parameter)]:
+            raise ValueError(
+                f"{len(sharded)} weights are sharded ({sharded[0]}), and their gradients are averages over processes: "
+                "measure a second module, as Context.build(path) makes it of a checkpoint"
+            )
         if len({id(parameter) for parameter in parameters.values()}) < len(parameters):
             raise ValueError("one weight has two names: give it once")
         self.parameters, self.moment = dict(parameters), moment

@@ -50,3 +50,23 @@ def test_what_would_be_wrong_is_refused():
         gradients.update(weight.sum())
     with pytest.raises(ValueError, match="no loss"):
         gradients.means()
+
+
+def test_a_gradient_is_freed_before_the_next_one_is_complete():
+    model, x, y = setup()
+    weights, seen = {"0": model[0].weight, "2": model[2].weight}, []
+    gradients = AbsoluteGradients(weights)
+    with gradients.differentiable():
+        weights["0"].register_hook(lambda _: seen.append((gradients.sums["2"].any().item(), weights["2"].grad)))
+        gradients.update((model(x) - y).square().sum())
+    assert seen == [(True, None)]
+
+
+class Sharded(torch.Tensor):
+    def full_tensor(self):
+        return self
+
+
+def test_sharded_weights_are_refused():
+    with pytest.raises(ValueError, match=r"1 weights are sharded \(w\)"):
+        AbsoluteGradients({"w": torch.ones(3).as_subclass(Sharded)})
