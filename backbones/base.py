@@ -92,6 +92,13 @@ class VideoQABackbone(FrozenBackbone):
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers for one batch with whatever adapters are attached."""
 
+    @abstractmethod
+    def token_masks(self, batch: Batch) -> dict[str, Tensor]:
+        """By full patterns of names of linear layers, (B, S), nonzero for the real ones of S tokens in their inputs.
+
+        Layers that no pattern names see no padding.
+        """
+
     @property
     @abstractmethod
     def routing_widths(self) -> tuple[int, ...]:

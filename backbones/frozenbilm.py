@@ -265,11 +265,10 @@ class FrozenBiLM(VideoQABackbone):
             mask (B, S) integer. Values at masked positions mean nothing.
         """
         embeds = self.deberta.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
-        mask = batch["attention_mask"].long()
+        mask = _mask(batch)
         if batch.get("video") is not None:
             video = self.deberta.embeddings.linear_video(batch["video"].to(embeds.dtype))  # (B, V, D)
             embeds = torch.cat([video.to(embeds.dtype), embeds], dim=1)
-            mask = torch.cat([batch["video_mask"].long(), mask], dim=1)
         hidden = self.deberta(
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True, return_dict=True
         ).hidden_states
@@ -292,6 +291,14 @@ class FrozenBiLM(VideoQABackbone):
         else:
             frames = states.new_zeros(states.shape[0], self.feature_dim, dtype=torch.float32)
         return QAOutput(logits, (frames, masked_mean(hidden[self.routing_layer].float(), mask)))
+
+    def token_masks(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the blocks and, where there is video, of its projection. The mask's own position has no padding.
+
+        Query and key layers also see relative positions, which have no tokens and fit no mask.
+        """
+        video = {} if batch.get("video") is None else {r"deberta\.embeddings\.linear_video": batch["video_mask"]}
+        return {r"deberta\.encoder\.layer\..*": _mask(batch), **video}
 
     def parts(self) -> tuple[Part, ...]:
         """The masked language model as transformers has it, without the mask decoder, and the frame encoder."""
@@ -324,6 +331,12 @@ class FrozenBiLM(VideoQABackbone):
     def fingerprint(self) -> str:
         """Digest of all frozen weights as they are at first use; reads every weight once."""
         return digest_of_state(self.state_dict())
+
+
+def _mask(batch: Batch) -> Tensor:
+    """(B, S) integer, 1 where a position is real."""
+    mask = batch["attention_mask"].long()
+    return mask if batch.get("video") is None else torch.cat([batch["video_mask"].long(), mask], dim=1)
 
 
 def _spec(layers: int, width: int) -> ModelSpec:

@@ -183,18 +183,29 @@ class PrefixEncoder(VideoQABackbone):
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers; routing parts are (mean frame feature, mean text state of ``routing_layer``)."""
         embeds = self.text.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
-        mask = batch["attention_mask"].bool()
+        mask = self._mask(batch)
         parts: tuple[Tensor, ...] = ()
         if self.frame_encoder is not None:
             video = self._video(batch)  # (B, V, N)
             tokens = self.video_projection(self._with_time(F.layer_norm(video, video.shape[-1:])))
             embeds = torch.cat([tokens, embeds], dim=1)
-            mask = torch.cat([mask.new_ones(tokens.shape[:2]), mask], dim=1)
             parts = (video.mean(1),)
         out = self.text(inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True)
         state = F.normalize(masked_mean(out.last_hidden_state, mask), dim=-1)
         logits = state @ self.answer_embeddings.T / self.temperature
         return QAOutput(logits, (*parts, masked_mean(out.hidden_states[self.routing_layer], mask)))
+
+    def token_masks(self, batch: Batch) -> dict[str, Tensor]:
+        """The text encoder's; video has no padding."""
+        return {r"text\..*": self._mask(batch)}
+
+    def _mask(self, batch: Batch) -> Tensor:
+        """(B, V + T) whether a position is real."""
+        mask = batch["attention_mask"].bool()
+        if self.frame_encoder is None:
+            return mask
+        given = batch["video"].shape[1] if "video" in batch else batch["pixels"].shape[1] * self.frame_encoder.tokens
+        return torch.cat([mask.new_ones(len(mask), given), mask], dim=1)
 
     def _with_time(self, video: Tensor) -> Tensor:
         """(B, V, N) to (B, V, 2 N): each token also weighted by the place of its frame in time."""

@@ -217,6 +217,7 @@ class Boundary(pl.Callback):
             builder=self.builder,
             data=data if isinstance(data, FulguriteDataModule) else None,
             evaluator=evaluator if isinstance(data, FulguriteDataModule) and isinstance(pl_module, Scored) else None,
+            device=pl_module.device,
         )
 
     def _evaluate(self, trainer: pl.Trainer, context: Context, step: Step, about: Mapping[str, Any]) -> None:

@@ -14,6 +14,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
+from fulgurite.callbacks.merge_statistics import (
+    Calibration,
+    Expert,
+    check_samples,
+    measure_experts,
+    own_domains,
+    statistics_folder,
+)
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.steps import Context, NotReady, Step
 from fulgurite.checkpoints import (
@@ -30,6 +38,7 @@ from fulgurite.checkpoints.runs import readable_checkpoints
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.methods.adapters.bank import LIVE
 from fulgurite.methods.merging.base import Merger
+from fulgurite.methods.merging.data_driven import DataDrivenMerger
 from fulgurite.methods.merging.files import prepare
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
@@ -96,6 +105,8 @@ class MergeAtCheckpoint(Step):
         base: of checkpoints: the set ``initial`` of the newest one, or the checkpoint ``before`` the merged ones.
         weights: one per source; the merger's default is 1 for each.
         name: of artefact and figures; that of the merger's class by default.
+        calibration: what the statistics of `RegMean` and `Fisher` are measured on: of the set of a stage the training
+            samples of that stage's domains, of a checkpoint those of its run's last stage, or all.
     """
 
     kind = "merged"
@@ -108,13 +119,22 @@ class MergeAtCheckpoint(Step):
         base: Literal["initial", "before"] = "initial",
         weights: list[float] | None = None,
         name: str | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         super().__init__(type(merger).__name__.lower() if name is None else name)
+        data_driven = isinstance(merger, DataDrivenMerger)
+        if data_driven != (calibration is not None):
+            raise ValueError(
+                f"{type(merger).__name__} needs statistics of each expert: set calibration, e.g. to {{samples: 256}}"
+                if data_driven
+                else f"{type(merger).__name__} takes no statistics: leave out calibration"
+            )
         if sources == "stream" and not isinstance(merger, Opcm):
             raise ValueError(f"sources=stream merges models one after the other, as Opcm does, not {type(merger)}")
         if base == "before" and not isinstance(sources, Checkpoints):
             raise ValueError(f"base=before is the checkpoint before the merged ones; sources={sources!r} has none")
         self.merger, self.sources, self.base, self.weights = merger, sources, base, weights
+        self.calibration = calibration
 
     def check(self, at: str, publisher: PublishedCheckpoint, module: LightningModule) -> None:
         """Refuse a module without what is merged, and a run that deletes it before.
@@ -134,6 +154,8 @@ class MergeAtCheckpoint(Step):
             )
         if self.merger.needs_base and self.base == "initial" and not isinstance(module, AdaptedModule):
             raise ValueError(f"{self.name}: {type(self.merger).__name__} needs a base: set base to before")
+        if self.calibration is not None:
+            check_samples(self.calibration, module)
         if keep < 0 or wanted in ("stages", "stream"):
             return
         need = "-1"
@@ -202,6 +224,8 @@ class MergeAtCheckpoint(Step):
         if isinstance(self.sources, Checkpoints) and self.sources.greedy:
             chosen = self._soup(inputs, context, facts)
         self._publish(chosen, context, context.out, facts)
+        if self.calibration is not None and context.ranks.rank == 0:
+            remove(statistics_folder(context.out))
 
     def _soup(self, inputs: Sequence[Path], context: Context, facts: Mapping[str, Any]) -> list[Path]:
         """Those of ``inputs`` that the greedy soup keeps; every merge that is tried is removed again."""
@@ -228,23 +252,36 @@ class MergeAtCheckpoint(Step):
 
     def _publish(self, inputs: Sequence[Path], context: Context, out: Path, facts: Mapping[str, Any]) -> None:
         """Merge ``inputs`` into the folder ``out``; what was there is replaced."""
-        ranks, manifest = context.ranks, read_manifest(inputs[-1])
+        ranks, manifest, merger = context.ranks, read_manifest(inputs[-1]), self.merger
+        if self.calibration is not None:
+            experts = self._experts(inputs, manifest)
+            merger, data = measure_experts(merger, experts, self.calibration, context)
+            facts = {**facts, "statistics": data}
         if manifest.kind == "delta":
-            ranks.agree(lambda: self._merge_sets(inputs, out, facts) if ranks.rank == 0 else None)
+            ranks.agree(lambda: self._merge_sets(inputs, out, facts, merger) if ranks.rank == 0 else None)
             return
         ranks.agree(lambda: remove(out) if ranks.rank == 0 else None)
         base, experts = (inputs[0], inputs[1:]) if self.num_before else (None, inputs)
-        job = ranks.agree(
-            lambda: prepare(experts, out, self.merger, base, self.weights, settings=dict(manifest.settings))
-        )
+        job = ranks.agree(lambda: prepare(experts, out, merger, base, self.weights, settings=dict(manifest.settings)))
         job.manifest.facts |= {**manifest.facts, **facts}
         _, texts = encode({}, documents_of(inputs[-1]))
         carry_out(job, ranks, describe=lambda *_: texts)
 
-    def _merge_sets(self, inputs: Sequence[Path], out: Path, facts: Mapping[str, Any]) -> None:
+    def _experts(self, inputs: Sequence[Path], manifest: Manifest) -> list[Expert]:
+        """Whose statistics are measured, in the order in which they are merged."""
+        if self.sources == "stages":
+            stages = manifest.facts["stages"][: manifest.facts["stage"] + 1]
+            sets = [*(stage["name"] for stage in stages[:-1]), LIVE]
+            return [
+                Expert(stage["name"], inputs[-1], name, tuple(stage["domains"])) for stage, name in zip(stages, sets)
+            ]
+        adapters = LIVE if manifest.kind == "delta" else None
+        return [Expert(path.name, path, adapters, own_domains(path)) for path in inputs[self.num_before :]]
+
+    def _merge_sets(self, inputs: Sequence[Path], out: Path, facts: Mapping[str, Any], merger: Merger) -> None:
         """The same for the adapter sets of deltas, which are small."""
         newest, manifest = inputs[-1], read_manifest(inputs[-1])
-        tensors, merger, facts = dict(load_tensors(newest)), self.merger, dict(facts)
+        tensors, facts = dict(load_tensors(newest)), dict(facts)
         names = [stage["name"] for stage in manifest.facts["stages"]][: manifest.facts["stage"] + 1]
         base, places = adapter_set(tensors, INITIAL, newest), [*names, LIVE]
         if self.sources == "stages":

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,6 +49,7 @@ class Context:
         builder: makes the module of a checkpoint, as `fulgurite.load` does.
         data: for calibration.
         evaluator: scores the weights of a checkpoint on a split.
+        device: where second modules are measured.
     """
 
     out: Path
@@ -57,6 +58,7 @@ class Context:
     builder: Callable[[Path], nn.Module] | None = None
     data: FulguriteDataModule | None = None
     evaluator: Callable[[Path, str], dict[str, float]] | None = None
+    device: torch.device | str = "cpu"
 
     def build(self, path: Path) -> nn.Module:
         """A second module with the weights of ``path``, in evaluation mode. Memory: a whole model per process.
@@ -66,16 +68,18 @@ class Context:
         """
         return self._given(self.builder, "builder")(path)
 
-    def calibration(self, num_samples: int, seed: int) -> ResumableLoader:
+    def calibration(self, num_samples: int, seed: int, domains: Collection[str] | None = None) -> ResumableLoader:
         """Batches of ``num_samples`` training samples, the same for the same seed whatever the number of ranks.
 
         Each rank has its share, in equally many batches; what is in a batch twice is not ``counted``. Samples are
-        prepared as for validation. Raises ValueError where there are fewer, LookupError where there are no data.
+        prepared as for validation, and are of ``domains`` alone where given. Raises ValueError where there are fewer,
+        LookupError where there are no data.
         """
         data = self._given(self.data, "data")
-        samples = data.samples("train")
+        samples = [sample for sample in data.samples("train") if domains is None or sample.domain in domains]
         if not 0 < num_samples <= len(samples):
-            raise ValueError(f"calibration with {num_samples} of {len(samples)} training samples: choose fewer")
+            of = "" if domains is None else f" of {', '.join(domains)}"
+            raise ValueError(f"calibration with {num_samples} of {len(samples)} training samples{of}: choose fewer")
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
         return data.loader("val", [samples[i] for i in order[:num_samples].tolist()], "calibration")
 

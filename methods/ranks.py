@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from fulgurite.checkpoints import CheckpointError
 
@@ -32,6 +33,12 @@ class Ranks:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in its place. A collective."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
 
     def share(self, sizes: Mapping[str, int]) -> list[str]:
         """The names that are this rank's to work on: largest first, each to the rank with least so far."""

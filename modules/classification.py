@@ -7,6 +7,7 @@ Legend: B batch, D width, N domains, A classes of all heads together.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -133,15 +134,38 @@ class Classifier(pl.LightningModule, ABC):
             DataError: a domain without a head.
         """
         self.require_heads(domains)
-        rows = {
-            domain: torch.tensor([each == domain for each in domains], device=features.device) for domain in self.heads
-        }
-        parts = [head(features).masked_fill(~rows[domain][:, None], -torch.inf) for domain, head in self.heads.items()]
+        numbers = {domain: number for number, domain in enumerate(self.heads)}
+        return self.scores_by_head(features, torch.tensor([numbers[d] for d in domains], device=features.device))
+
+    def scores_by_head(self, features: Tensor, heads: Tensor) -> Tensor:
+        """`scores_of` with (B,) numbers of the pictures' heads."""
+        parts = [
+            head(features).masked_fill((heads != number)[:, None], -torch.inf)
+            for number, head in enumerate(self.heads.values())
+        ]
         return torch.cat(parts, dim=-1)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, A) scores, see `scores_of`."""
         return self.scores_of(self.features(batch["pixels"]), batch["domain"])
+
+    def calibration_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures and the numbers of their heads; see `Calibrated`."""
+        self.require_heads(batch["domain"])
+        numbers = {domain: number for number, domain in enumerate(self.heads)}
+        return {
+            "pixels": batch["pixels"],
+            "head": torch.tensor([numbers[domain] for domain in batch["domain"]], device=batch["pixels"].device),
+        }
+
+    def answer_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, A) scores, -inf for the classes of other heads than a picture's own."""
+        return self.scores_by_head(self.features(inputs["pixels"]), inputs["head"])
+
+    def token_masks(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A head counts the pictures of its own domain alone."""
+        own = {domain: inputs["head"] == number for number, domain in enumerate(self.heads)}
+        return {rf"heads\.{re.escape(domain)}": mask for domain, mask in own.items()}
 
     def labels_of(self, batch: Batch) -> Tensor:
         """(B,) column of every picture's class; -1 where it has none that its head knows."""

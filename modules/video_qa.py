@@ -97,6 +97,18 @@ class VideoQA(AdaptedModule):
         with self.bank.use(selection, sets):
             return self.backbone(batch)
 
+    def calibration_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """All tensors of the batch but who counts; see `Calibrated`."""
+        return {name: value for name, value in batch.items() if isinstance(value, Tensor) and name != "counted"}
+
+    def answer_logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(B, A) scores with the adapters that are active."""
+        return self.backbone(inputs).logits
+
+    def token_masks(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the backbone."""
+        return {rf"backbone\.{pattern}": mask for pattern, mask in self.backbone.token_masks(inputs).items()}
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss over the counted samples of the global batch, whatever the number of ranks."""
         losses = answer_loss(self(batch).logits, self.targets(batch).scores)

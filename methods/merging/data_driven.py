@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -16,10 +16,12 @@ class DataDrivenMerger(Merger):
     """A merger that takes one statistic per expert, given by `use` before it merges.
 
     Attributes:
+        kind: which statistic.
         statistics: one mapping per expert, read tensor by tensor, so it may read from a file.
     """
 
     needs_base: ClassVar[bool] = False
+    kind: ClassVar[Literal["gram", "fisher"]]
     statistics: Sequence[Mapping[str, Tensor]] = ()
 
     def use(self, statistics: Sequence[Mapping[str, Tensor]]) -> Self:

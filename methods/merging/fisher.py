@@ -30,6 +30,8 @@ class Fisher(DataDrivenMerger):
         normalize: divide each expert's coefficient by the norm of its Fisher.
     """
 
+    kind = "fisher"
+
     def __init__(self, favor_target: bool = True, floor: float = 1e-6, normalize: bool = True) -> None:
         if floor < 0:
             raise ValueError(f"floor={floor} must not be negative")

@@ -30,6 +30,8 @@ class RegMean(DataDrivenMerger):
         ridge: added to the diagonal of the summed Gram, relative to its mean.
     """
 
+    kind = "gram"
+
     def __init__(self, offdiag: float = 0.9, ridge: float = 1e-8) -> None:
         if not 0 <= offdiag <= 1:
             raise ValueError(f"offdiag={offdiag} must be from 0 to 1")

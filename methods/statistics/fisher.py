@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from fulgurite.checkpoints.tensorfile import is_sharded
 from fulgurite.methods.merging.random import uniform
 from fulgurite.methods.statistics.base import Statistic
 
@@ -90,6 +91,12 @@ class FisherStatistics(Statistic):
         self.seed = None if generator is None else int(torch.randint(2**62, (), generator=generator, device="cpu"))
         self.call = Call(model, function)
         self.parameters = chosen_parameters(model, pattern, expected)
+        sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+        if sharded:
+            raise ValueError(
+                f"{len(sharded)} parameters are sharded ({sharded[0]}), and gradients of single examples need them "
+                "whole: measure a second module, as Context.build(path) makes it of a checkpoint"
+            )
         for name, parameter in self.parameters.items():
             self.make(name, tuple(parameter.shape), parameter.device if device is None else torch.device(device))
         self.make_count("examples", next(iter(self.sums.values())).device)

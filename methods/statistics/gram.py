@@ -9,7 +9,7 @@ Hessian is 2 X^T X per sequence) change no result of theirs. B examples, S token
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -227,17 +227,26 @@ class GramStatistics(Statistic):
         own.add_(gram_of(rows, weights, self.sum_dtype(x.device), self.diagonal).to(own.device, own.dtype))
         self.counts[owner] += len(rows) if weights is None else weights.double().sum().to(own.device)
 
-    def means(self) -> dict[str, Tensor]:
+    @property
+    def unseen(self) -> list[str]:
+        """Layers that have seen no row: they were not called as modules, or all was masked."""
+        return [name for name, owner in self.owner.items() if not self.counts[owner] > 0]
+
+    def means(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
         """Layer name -> G (D, D), or its diagonal (D,) where ``diagonal``; layers that share an input share a tensor.
 
+        Args:
+            leave_out: layers that are not wanted.
+
         Raises:
-            ValueError: a layer has seen no row. Names all.
+            ValueError: another layer has seen no row. Names all.
         """
-        empty = [name for name, owner in self.owner.items() if not self.counts[owner] > 0]
+        empty = [name for name in self.unseen if name not in leave_out]
         if empty:
             raise ValueError(f"no input was seen by {empty}: they were not called as modules, or all was masked")
-        shared = {name: total / self.counts[name].to(total.dtype) for name, total in self.sums.items()}
-        return {name: shared[owner] for name, owner in self.owner.items()}
+        owner = {name: owner for name, owner in self.owner.items() if name not in leave_out}
+        shared = {name: self.sums[name] / self.counts[name].to(self.sums[name].dtype) for name in set(owner.values())}
+        return {name: shared[owner] for name, owner in owner.items()}
 
     def energies(self) -> dict[str, Tensor]:
         """Layer name -> mean square (D,) of every column of its input."""
