@@ -133,6 +133,15 @@ class MergeAtCheckpoint(Step):
             raise ValueError(f"sources=stream merges models one after the other, as Opcm does, not {type(merger)}")
         if base == "before" and not isinstance(sources, Checkpoints):
             raise ValueError(f"base=before is the checkpoint before the merged ones; sources={sources!r} has none")
+        if weights is not None and sources == "stream":
+            raise ValueError("sources=stream takes one model after the other; leave out weights")
+        if isinstance(sources, Checkpoints) and sources.greedy and (weights is not None or merger.min_experts > 1):
+            raise ValueError(
+                f"sources: greedy=True tries merges of one model and of more: leave out weights={weights}, and take a "
+                f"merger of one model or more; {type(merger).__name__} needs {merger.min_experts}"
+            )
+        if isinstance(sources, Checkpoints) and weights is not None and len(weights) != sources.number:
+            raise ValueError(f"{len(weights)} weights for {sources.number} checkpoints: give one for each")
         self.merger, self.sources, self.base, self.weights = merger, sources, base, weights
         self.calibration = calibration
 
@@ -145,6 +154,8 @@ class MergeAtCheckpoint(Step):
         wanted, keep = self.sources, publisher.keep
         if wanted == "stream" and at != "stage_end":
             raise ValueError(f"{self.name}: sources=stream goes on at every end of a stage: set at: stage_end")
+        if self.weights is not None and wanted in ("stages", "stage_ends") and at != "fit_end":
+            raise ValueError(f"{self.name}: {wanted} grow in number, and weights are for one: set at: fit_end")
         if wanted in ("stages", "stream") and not isinstance(module, AdaptedModule):
             raise ValueError(f"{self.name}: {type(module).__name__} has no stages: set sources to e.g. {{last: 2}}")
         if wanted == "stages" and ANY_STAGE.name not in module.set_names([ANY_STAGE]):
@@ -205,6 +216,14 @@ class MergeAtCheckpoint(Step):
         wanted, of = self.sources, list(found)
         if wanted.best is not None:
             scored = [pair for pair in of if math.isfinite(pair[1].metrics.get(wanted.monitor, math.nan))]
+            if not any(wanted.monitor in manifest.metrics for _, manifest in of):
+                known = (
+                    ", ".join(sorted(name for name in of[-1][1].metrics if name.startswith("val/"))) or "none of val/"
+                )
+                raise MissingError(
+                    f"{self.name}: no checkpoint up to {of[-1][0]} has the metric {wanted.monitor!r}; it has {known}: "
+                    "set sources.monitor, and validate before checkpoints"
+                )
             ranked = sorted(scored, key=lambda pair: wanted.sign * pair[1].metrics[wanted.monitor])
             best = [path for path, _ in ranked[-wanted.best :]]
             first = next((n for n, (path, _) in enumerate(of) if path in best), 0)
@@ -244,9 +263,11 @@ class MergeAtCheckpoint(Step):
             value = context.evaluate(trial, "val")[wanted.monitor.removeprefix("val/")]
             return wanted.sign * value
 
-        kept, best = greedy_soup(sorted(merged, key=scores.__getitem__, reverse=True), score)
-        if context.ranks.rank == 0:
-            remove(trial)
+        try:
+            kept, best = greedy_soup(sorted(merged, key=scores.__getitem__, reverse=True), score)
+        finally:
+            if context.ranks.rank == 0:
+                remove(trial)
         rank_zero_info(f"{self.name}: {len(kept)} of {len(merged)} ingredients kept, {wanted.monitor} {abs(best):.4f}")
         return [*before, *(path for path in merged if path in kept)]
 

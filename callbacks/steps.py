@@ -150,9 +150,19 @@ class Step(ABC):
             NotReady: see `inputs`.
             CheckpointError: a source is damaged, or the operating system refused; nothing is left behind.
         """
-        inputs = self.inputs(sources, context)
-        made_from = digest_of_json({"step": self.settings, "of": [identity(path) for path in inputs]})
-        known = context.ranks.gather(context.ranks.rank == 0 and is_intact(context.out, made_from))[0]
+
+        def look() -> tuple[list[Path], str, bool] | str:
+            try:
+                inputs = self.inputs(sources, context)
+            except NotReady as missing:
+                return str(missing)
+            made_from = digest_of_json({"step": self.settings, "of": [identity(path) for path in inputs]})
+            return inputs, made_from, context.ranks.rank == 0 and is_intact(context.out, made_from)
+
+        found = context.ranks.together(look)[0]
+        if isinstance(found, str):
+            raise NotReady(found)
+        inputs, made_from, known = found
         if known:
             rank_zero_info(f"{context.out}: is there already, of the same sources and settings")
         else:

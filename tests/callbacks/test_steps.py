@@ -272,6 +272,26 @@ def test_a_soup_needs_a_score_of_every_ingredient(tmp_path):
         step([paths[1]], Context(tmp_path / "out"))
 
 
+def test_a_metric_that_no_checkpoint_has_is_an_error(tmp_path):
+    paths = checkpoints(tmp_path / "checkpoints", [1, 2], [0.1, 0.2])
+    step = MergeAtCheckpoint(Average(), Checkpoints(best=2, monitor="val/acuracy"))
+    with pytest.raises(MissingError, match="has the metric 'val/acuracy'; it has val/accuracy"):
+        step([paths[1]], Context(tmp_path / "out"))
+
+
+def test_a_soup_that_fails_leaves_no_trial(tmp_path):
+    paths = checkpoints(tmp_path / "checkpoints", [1, 2], [0.1, 0.9])
+
+    def evaluator(path, split):
+        raise ArithmeticError("no score today")
+
+    with pytest.raises(ArithmeticError, match="no score"):
+        MergeAtCheckpoint(Average(), Checkpoints(best=2, greedy=True))(
+            [paths[1]], Context(tmp_path / "out", evaluator=evaluator)
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+
+
 def test_a_metric_that_is_not_finite_is_not_the_best(tmp_path):
     paths = checkpoints(tmp_path / "checkpoints", [1, 2, 4], [0.1, 0.2, float("nan")])
     step = MergeAtCheckpoint(Average(), Checkpoints(best=2))
@@ -325,6 +345,10 @@ def test_greedy_soup_is_the_published_recipe():
         (lambda: Checkpoints(last=2, best=2), "give last or best"),
         (lambda: Checkpoints(last=0), "at least 1"),
         (lambda: Checkpoints(best=2, monitor="train/loss", greedy=True), "scores on the validation split"),
+        (lambda: MergeAtCheckpoint(Average(), Checkpoints(best=2, greedy=True), weights=[1, 2]), "leave out weights"),
+        (lambda: MergeAtCheckpoint(ModelStock(), Checkpoints(best=2, greedy=True)), "ModelStock needs 2"),
+        (lambda: MergeAtCheckpoint(Average(), Checkpoints(last=3), weights=[1, 2]), "2 weights for 3 checkpoints"),
+        (lambda: MergeAtCheckpoint(Opcm(), "stream", weights=[1.0]), "leave out weights"),
         (lambda: MergeAtCheckpoint(Average(), name="a/b"), "no plain name"),
         (lambda: Boundary([]), "at least one step"),
         (lambda: Boundary([Negate("a")], every=0), "every=0 must be at least 1"),
