@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("fulgurite.commands.train", "answer questions and write predictions.jsonl"),
     "features": ("fulgurite.commands.features", "extract frame features once and store them"),
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
+    "statistics": ("fulgurite.commands.statistics", "measure what RegMean and Fisher weigh a model by"),
     "merge": ("fulgurite.commands.merge", "make one model of several that lie in files"),
     "export": ("fulgurite.commands.export", "write a run or artefact as a model of another library"),
     "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, adapters, stores"),

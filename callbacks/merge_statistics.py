@@ -9,6 +9,7 @@ middle of an expert, and gives what an uninterrupted one gives.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ from fulgurite.checkpoints import (
 from fulgurite.checkpoints.atomic import resolve
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.methods.merging.data_driven import DataDrivenMerger
-from fulgurite.methods.merging.regmean import RegMean
+from fulgurite.methods.merging.statistic_files import STATISTICS, use_statistics
 from fulgurite.methods.statistics.base import Statistic
 from fulgurite.methods.statistics.fisher import FisherStatistics
 from fulgurite.methods.statistics.gram import GramStatistics, input_width
@@ -44,7 +45,6 @@ from fulgurite.samples import Batch
 from fulgurite.samples.loader import ResumableLoader
 
 SAVE_EVERY_S = 60.0  # least time between two saves of what one process has measured
-MEASURED = "measured"
 FINGERPRINT = "fingerprint"
 
 
@@ -106,24 +106,13 @@ def measure_experts(
         LookupError: the context has no builder or no data.
         ValueError: a module cannot be measured, or there are too few samples.
     """
-    found, facts, builder = [], [], OneModule(context)
+    builder, files, facts = OneModule(context), [], []
     for expert in experts:
-        folder = statistics_folder(context.out) / expert.label
-        manifest = measure_expert(merger, expert, calibration, context, folder, builder)
-        found.append((load_tensors(folder / MEASURED), manifest.facts["transposed"]))
-        facts.append(
-            {"expert": expert.label, **manifest.facts["data"], "digest": digest_of_json(identity(folder / MEASURED))}
-        )
-    common = set.intersection(*(set(tensors) for tensors, _ in found))
-    if not common:
-        raise ValueError(
-            f"{type(merger).__name__}: nothing of {experts[0].path} has a {merger.kind} that all experts share"
-        )
-    merger = copy.copy(merger)
-    statistics = [{name: tensor for name, tensor in tensors.items() if name in common} for tensors, _ in found]
-    if isinstance(merger, RegMean):
-        return merger.use(statistics, transposed=[name for name in found[0][1] if name in common]), facts
-    return merger.use(statistics), facts
+        out = statistics_folder(context.out) / expert.label
+        data = measure(merger.kind, expert, calibration, context, out, builder, expert.prefix)
+        files.append(out)
+        facts.append({"expert": expert.label, **data, "digest": digest_of_json(identity(out))})
+    return use_statistics(copy.copy(merger), files, shared=True), facts
 
 
 def statistics_folder(artefact: Path) -> Path:
@@ -157,15 +146,24 @@ class OneModule:
         return self.module
 
 
-def measure_expert(
-    merger: DataDrivenMerger,
+def measure(
+    kind: str,
     expert: Expert,
     calibration: Calibration,
     context: Context,
-    folder: Path,
+    out: Path,
     builder: OneModule,
-) -> Any:
-    """Have the statistic of one expert in ``folder``, measured now or before; returns its manifest."""
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Have the statistic of one expert in the folder ``out``, measured now or before. All ranks call it.
+
+    Args:
+        kind: ``gram`` or ``fisher``.
+        prefix: of the names in the module, left out of those in the folder.
+
+    Returns:
+        number, domains and digest of the samples.
+    """
     ranks = context.ranks
     loader = context.calibration(calibration.samples, calibration.seed, expert.domains)
     samples = loader.dataset.samples
@@ -174,25 +172,34 @@ def measure_expert(
         "domains": sorted({sample.domain for sample in samples}),
         "data": digest_of_json([[sample.domain, sample.id, sample.question] for sample in samples]),
     }
-    about = {"model": identity(expert.path), "adapters": expert.adapters, **data, "kind": merger.kind}
+    about = {"model": identity(expert.path), "adapters": expert.adapters, **data, "kind": kind}
     fingerprint = digest_of_json({**about, "calibration": described(calibration)})
-    done = folder / MEASURED
-    if not ranks.gather(ranks.rank == 0 and facts_of(done, fingerprint) is not None)[0]:
-        # A checkpoint may be published within a validation, whose tensors know no gradients.
-        with torch.inference_mode(False), torch.no_grad():
-            module = ranks.agree(lambda: builder.of(expert.path))
-            statistic = ranks.agree(lambda: statistic_of(merger.kind, module, expert, calibration))
-            sampler = loader.batch_sampler
-            shares = {"rank": ranks.rank, "ranks": ranks.size, "batch": sampler.global_batch_size}
-            own = digest_of_json({"of": fingerprint, **shares})
-            partial = folder / f"partial-{ranks.rank}"
-            ranks.agree(lambda: go_on(statistic, loader, module, expert, partial, own))
-            statistic.reduce(ranks.total)
-            ranks.agree(lambda: publish(done, statistic, expert, fingerprint, data) if ranks.rank == 0 else None)
-            ranks.agree(lambda: remove(partial))
-    manifest = read_manifest(done)
-    rank_zero_info(f"{context.out.name}: {merger.kind} of {expert.label} measured on {data['samples']} samples")
-    return manifest
+    if ranks.gather(ranks.rank == 0 and facts_of(out, fingerprint) is not None)[0]:
+        return data
+    shares = {"rank": ranks.rank, "ranks": ranks.size, "batch": loader.batch_sampler.global_batch_size}
+    partial = Saved(out.with_name(f"{out.name}-partial-{ranks.rank}"), digest_of_json({"of": fingerprint, **shares}))
+    # A checkpoint may be published within a validation, whose tensors know no gradients.
+    with torch.inference_mode(False), torch.no_grad():
+        module = ranks.agree(lambda: builder.of(expert.path))
+        statistic = ranks.agree(lambda: statistic_of(kind, module, expert, calibration))
+        ranks.agree(lambda: go_on(statistic, loader, module, expert, partial))
+        statistic.reduce(ranks.total)
+    facts = {FINGERPRINT: fingerprint, "kind": kind, "data": data}
+    if ranks.rank == 0:
+        settings = {"calibration": described(calibration), "adapters": expert.adapters}
+        work = functools.partial(publish, out, statistic, expert.path, prefix, settings, facts)
+    ranks.agree(lambda: work() if ranks.rank == 0 else None)
+    ranks.agree(lambda: remove(partial.path))
+    rank_zero_info(f"{out}: {kind} of {expert.label} on {len(samples)} samples")
+    return data
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where one process saves what it has measured so far, and what that must be of to be taken up."""
+
+    path: Path
+    fingerprint: str
 
 
 def statistic_of(kind: str, module: nn.Module, expert: Expert, calibration: Calibration) -> Statistic:
@@ -239,28 +246,23 @@ def linear_layers(module: nn.Module, prefix: str) -> list[str]:
     return found
 
 
-def go_on(
-    statistic: Statistic, loader: ResumableLoader, module: nn.Module, expert: Expert, partial: Path, fingerprint: str
-) -> None:
-    """Add what of this process's batches is not in ``partial`` yet, and save there every now and then."""
-    if (facts := facts_of(partial, fingerprint)) is not None:
-        state = {name: stored(partial, name) for name in ("sums", "counts")}
-        statistic.load_state_dict({**state, "settings": facts["settings"]})
+def go_on(statistic: Statistic, loader: ResumableLoader, module: nn.Module, expert: Expert, partial: Saved) -> None:
+    """Add what of this process's batches was not saved yet, and save now and then."""
+    if (facts := facts_of(partial.path, partial.fingerprint)) is not None:
+        sums, counts = (load_tensors(partial.path, name) for name in ("sums", "counts"))
+        statistic.load_state_dict({"sums": sums, "counts": counts, **facts["of"]})
         if facts["loader"]["count"] >= len(loader.batch_sampler):
             return
         loader.load_state_dict(facts["loader"])
-    samples = loader.dataset.samples
-    places = {(sample.domain, sample.id): place for place, sample in enumerate(samples)}
+    places = {(sample.domain, sample.id): place for place, sample in enumerate(loader.dataset.samples)}
     saved = time.monotonic()
     for batch in loader:
         add(statistic, module, batch, expert, places)
         if time.monotonic() - saved >= SAVE_EVERY_S:
             state = statistic.state_dict()
-            save_checkpoint_folder(
-                partial,
-                {"sums": state["sums"], "counts": state["counts"]},
-                facts={FINGERPRINT: fingerprint, "settings": state["settings"], "loader": loader.state_dict()},
-            )
+            tensors = {name: state.pop(name) for name in ("sums", "counts")}
+            facts = {FINGERPRINT: partial.fingerprint, "of": state, "loader": loader.state_dict()}
+            save_checkpoint_folder(partial.path, tensors, facts=facts)
             saved = time.monotonic()
 
 
@@ -281,18 +283,20 @@ def add(
         answers(module, inputs, expert.adapters)
 
 
-def publish(path: Path, statistic: Statistic, expert: Expert, fingerprint: str, data: Mapping[str, Any]) -> None:
-    """Write the finished statistic under the names of the merged tensors."""
+def publish(
+    out: Path, statistic: Statistic, model: Path, prefix: str, settings: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write a finished statistic; names lose ``prefix``."""
     transposed: list[str] = []
     if isinstance(statistic, GramStatistics):
         means = statistic.means(leave_out=statistic.unseen)
-        transposed = sorted(name.removeprefix(expert.prefix) for name in statistic.transposed if name in means)
+        transposed = sorted(name.removeprefix(prefix) for name in statistic.transposed if name in means)
     else:
         means = statistic.means()
-    tensors = {name.removeprefix(expert.prefix): tensor.cpu() for name, tensor in means.items()}
-    parents = [{"path": str(expert.path), "digest": read_manifest(expert.path).digest}]
-    facts = {FINGERPRINT: fingerprint, "transposed": transposed, "data": dict(data)}
-    save_checkpoint_folder(path, {"weights": tensors}, parents=parents, facts=facts)
+    tensors = {name.removeprefix(prefix): tensor.cpu() for name, tensor in means.items()}
+    parents = [{"path": str(model), "digest": read_manifest(model).digest}]
+    facts = {**facts, "transposed": transposed}
+    save_checkpoint_folder(out, {STATISTICS: tensors}, parents=parents, settings=settings, facts=facts)
 
 
 def facts_of(path: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -307,15 +311,13 @@ def facts_of(path: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
 
 
-def stored(path: Path, name: str) -> dict[str, Tensor]:
-    """A mapping of tensors of a partial statistic."""
-    return dict(load_tensors(path, name))
-
-
-def own_domains(checkpoint: Path) -> tuple[str, ...] | None:
-    """Domains of the stage in which a checkpoint was written; None where its run had no stages."""
+def own_domains(checkpoint: Path, adapters: str | None = None) -> tuple[str, ...] | None:
+    """Domains of the stage of that set, else of that in which a checkpoint was written; None where there are none."""
     facts = read_manifest(checkpoint).facts
-    return tuple(facts["stages"][facts["stage"]]["domains"]) if facts.get("stages") else None
+    if not facts.get("stages"):
+        return None
+    named = {stage["name"]: stage for stage in facts["stages"]}
+    return tuple(named.get(adapters, facts["stages"][facts["stage"]])["domains"])
 
 
 def check_samples(calibration: Calibration, module: LightningModule) -> None:

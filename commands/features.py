@@ -65,7 +65,7 @@ def run(command: str, argv: list[str]) -> int:
 
     failed = extract_features(
         job.videos,
-        job.extractor.encoder.eval().to(_device(options.device)),
+        job.extractor.encoder.eval().to(device_named(options.device)),
         job.extractor.sampling,
         job.store,
         num_workers=options.num_workers,
@@ -163,7 +163,8 @@ def _shared(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """A device of torch: that name, or with ``auto`` a GPU if any. Raises ``ConfigError`` where there is none."""
     import torch
 
     if name == "auto":

@@ -51,6 +51,7 @@ def run(command: str, argv: list[str]) -> int:
             raise ConfigError(unknown_merger(argv) or str(error)) from error
     try:
         sources = None if options.sources is None else expanded(options.sources)
+        take_statistics(merger, options.statistics, sources or [])
         if sources is not None and merge_adapters.require_adapters(sources, merger):
             return merge_adapters.run(sources, merger, options, settings_of(options))
         job = prepared(sources, merger, options)
@@ -81,6 +82,12 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--base", type=str | None, default=None, help="model that the sources were fine-tuned from")
     parser.add_subclass_arguments((Merger, MergeLoRA, MergeKnOTS), "merger", required=False, help="how to merge")
     parser.add_argument("--weights", type=list[float] | None, default=None, help="one per source; default: 1 for each")
+    parser.add_argument(
+        "--statistics",
+        type=list[str] | None,
+        default=None,
+        help="of the sources, for RegMean and Fisher; in their order",
+    )
     kinds = Literal["float16", "bfloat16", "float32", "float64"]
     parser.add_argument("--dtype", type=kinds | None, default=None, help="of the result; default: the base's")
     parser.add_argument("--rows", type=Literal["error", "common"], default="error", help="other vocabulary sizes")
@@ -139,6 +146,29 @@ def expanded(patterns: Sequence[str]) -> list[Path]:
             raise ConfigError(f"sources: {pattern} matches nothing")
         paths += map(Path, found)
     return paths
+
+
+def take_statistics(merger: Any, statistics: list[str] | None, sources: Sequence[Path]) -> None:
+    """Give a data-driven merger the stored statistics of the sources.
+
+    Raises:
+        ConfigError: it needs some and there are none, or the other way round.
+    """
+    from fulgurite.checkpoints import MANIFEST_NAME, read_manifest
+    from fulgurite.checkpoints.atomic import resolve
+    from fulgurite.methods.merging.data_driven import DataDrivenMerger
+    from fulgurite.methods.merging.statistic_files import use_statistics
+
+    if isinstance(merger, DataDrivenMerger):
+        if statistics is None:
+            how = f"make them by fulgurite statistics --kind {merger.kind}"
+            raise ConfigError(f"{type(merger).__name__} needs --statistics, one per source: {how}")
+        ours = [(resolve(path) / MANIFEST_NAME).is_file() for path in sources]
+        digests = [read_manifest(path).digest if own else "none" for path, own in zip(sources, ours)]
+        use_statistics(merger, [Path(path) for path in statistics], digests)
+    elif statistics is not None:
+        name = "the configuration of --mergekit" if merger is None else type(merger).__name__
+        raise ConfigError(f"statistics: {name} takes none; leave it out")
 
 
 def settings_of(options: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def test_the_commands_are_these():
         "predict",
         "features",
         "data",
+        "statistics",
         "merge",
         "export",
         "verify",

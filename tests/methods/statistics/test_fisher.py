@@ -4,7 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fulgurite.methods.statistics.fisher import FisherStatistics
 
@@ -250,3 +253,14 @@ def test_what_does_not_fit_is_refused(x):
         FisherStatistics(model, logits, kind="batch_summed", moment="absolute")
     with pytest.raises(ValueError, match="chunk=0"):
         FisherStatistics(model, logits, chunk=0)
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        model = nn.Linear(3, 2)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"2 parameters are sharded \(weight\).*Context.build\(path\)"):
+            FisherStatistics(model, lambda own, batch: own(batch))
+    finally:
+        dist.destroy_process_group()
