@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import jsonargparse
 
-from fulgurite.commands.errors import DONE, ConfigError
-from fulgurite.commands.imports import PARSER_MODE, imports_allowed
-from fulgurite.commands.invocation import values_of, without
+from fulgurite.commands.errors import DONE
+from fulgurite.commands.imports import PARSER_MODE
+from fulgurite.commands.options import parsed
 from fulgurite.commands.tables import console, plain_table
 
 DESCRIPTION = """Write a run, checkpoint or artefact as a model that another library loads. What was written is loaded
@@ -24,13 +24,7 @@ def run(command: str, argv: list[str]) -> int:
         ConfigError: an option is wrong.
         CheckpointError: the source is damaged, cannot be exported, or is another model once it is loaded.
     """
-    argv = ["--dry_run=true" if argument in ("--dry-run", "--dry_run") else argument for argument in argv]
-    allow = tuple(values_of(argv, "--allow"))
-    with imports_allowed(allow):
-        try:
-            options = parser_of().parse_args(without(argv, "--allow"))
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+    options, allow = parsed(argv, parser_of, ("--dry_run",))
     return export(options, allow)
 
 

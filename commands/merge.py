@@ -16,6 +16,7 @@ from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import values_of
 from fulgurite.commands.merge_output import show_merge, show_plan
 from fulgurite.commands.names import class_table, import_named
+from fulgurite.commands.options import with_flags
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console
 from fulgurite.commands.yaml_loader import load_file
@@ -39,18 +40,18 @@ def run(command: str, argv: list[str]) -> int:
         ConfigError: an option is wrong, or the models do not fit together.
         CheckpointError: a source is damaged or missing, or the result cannot be written.
     """
-    argv = ["--dry_run" if argument == "--dry-run" else argument for argument in argv]
+    argv = with_flags(argv, FLAGS)
     with imports_allowed(tuple(values_of(argv, "--allow"))):
         import_named(argv, [load_file(Path(path)) for path in values_of(argv, "--config")])
         parser = parser_of()
         try:
-            options = parser.parse_args(with_flag(argv))
+            options = parser.parse_args(argv)
             require_task(options)
             merger = None if options.merger is None else parser.instantiate_classes(options).merger
         except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
             raise ConfigError(unknown_merger(argv) or str(error)) from error
     try:
-        sources = None if options.sources is None else expanded(options.sources)
+        sources = None if options.sources is None else expanded(one_or_more(options.sources))
         take_statistics(merger, options.statistics, sources or [])
         if sources is not None and merge_adapters.require_adapters(sources, merger):
             return merge_adapters.run(sources, merger, options, settings_of(options))
@@ -75,7 +76,10 @@ def parser_of() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     parser.add_argument(
-        "--sources", type=list[str] | None, default=None, help="models to merge, in order; globs are expanded"
+        "--sources",
+        type=list[str] | str | None,
+        default=None,
+        help="models to merge, in order, or one glob; globs are expanded",
     )
     parser.add_argument("--mergekit", type=str | None, default=None, help="configuration of mergekit to run instead")
     parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
@@ -114,15 +118,6 @@ def unknown_merger(argv: Sequence[str]) -> str | None:
     return None
 
 
-def with_flag(argv: Sequence[str]) -> list[str]:
-    """A flag alone means true."""
-    out = []
-    for position, argument in enumerate(argv):
-        following = argv[position + 1] if position + 1 < len(argv) else "--"
-        out.append(f"{argument}=true" if argument in FLAGS and following.startswith("--") else argument)
-    return out
-
-
 def require_task(options: Any) -> None:
     """Refuse options without which there is nothing to do, or that say it twice."""
     if options.mergekit is None:
@@ -131,6 +126,11 @@ def require_task(options: Any) -> None:
             raise ConfigError(f"merge needs {' and '.join(missing)}, or the configuration of --mergekit")
     elif twice := mergekit.conflicts(options):
         raise ConfigError(f"{', '.join(twice)}: the configuration of --mergekit says that; leave it out")
+
+
+def one_or_more(value: str | list[str]) -> list[str]:
+    """What was given, as a list."""
+    return [value] if isinstance(value, str) else value
 
 
 def expanded(patterns: Sequence[str]) -> list[Path]:

