@@ -99,7 +99,12 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--donor", type=int | None, default=None, help="source of integer entries that differ")
     parser.add_argument("--like", type=str | None, default=None, help="folder with configuration and tokenizer")
     parser.add_argument("--max_shard_size", type=str, default="50GB", help="of one file of weights of such a folder")
-    parser.add_argument("--threads", type=int | None, default=None, help="tensors at a time; default: all cores")
+    parser.add_argument(
+        "--threads",
+        type=int | None,
+        default=None,
+        help="tensors at a time; default: one per core, or 1 where a merger takes them whole",
+    )
     parser.add_argument(
         "--report", type=bool, default=False, help="add report.html: how alike the sources' changes are"
     )

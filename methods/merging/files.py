@@ -79,7 +79,8 @@ def prepare(
         weights: one number per expert, 1 for each by default.
         dtype: of the merged tensors; that of the base (of the first expert where there is none) by default.
         matching: what happens to entries that differ.
-        threads: tensors merged at a time; all cores by default. The result does not depend on it.
+        threads: tensors merged at a time; by default one per core, and a single one for a merger that takes tensors
+            whole. The result does not depend on it.
         settings: for the manifest, beside the sources.
         like: model folder of another library whose configuration and tokenizer the artefact gets; by default the base,
             or else the first expert, where that is one.

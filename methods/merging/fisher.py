@@ -7,6 +7,7 @@ F_i is what `FisherStatistics` measures of expert i on its own data. The norm is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -44,7 +45,9 @@ class Fisher(DataDrivenMerger):
     def begin(self, plan: Plan) -> str | None:
         """Measure the norm of each Fisher: one pass over them."""
         super().begin(plan)
-        self.scanned["norms"] = [fisher_norm(each) if self.normalize else 1.0 for each in self.statistics]
+        self.scanned["norms"] = [
+            fisher_norm(each, number) if self.normalize else 1.0 for number, each in enumerate(self.statistics)
+        ]
         return None
 
     def merge_tensor(
@@ -68,9 +71,18 @@ class Fisher(DataDrivenMerger):
         return out.to(experts[0].dtype)
 
 
-def fisher_norm(fisher: Mapping[str, Tensor]) -> float:
-    """||F||_2 over all tensors; 1 where it is 0, so that a model without information keeps its coefficient."""
-    total = sum(float(tensor.double().square().sum()) for tensor in fisher.values())
+def fisher_norm(fisher: Mapping[str, Tensor], number: int) -> float:
+    """||F||_2 over all tensors; 1 where it is 0, so that a model without information keeps its coefficient.
+
+    Raises:
+        ValueError: a tensor of this expert's Fisher is not finite.
+    """
+    total = 0.0
+    for name, tensor in fisher.items():
+        square = float(tensor.double().square().sum())
+        if not math.isfinite(square):
+            raise ValueError(f"{name}: the Fisher of expert {number} has entries that are not finite")
+        total += square
     return total**0.5 or 1.0
 
 

@@ -118,16 +118,21 @@ def job_of(
         CheckpointError: the configuration cannot say it, or the disk is too small.
     """
     if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: give at least 1, or leave it out for all cores")
+        raise ValueError(f"threads={threads}: give at least 1, or leave it out")
     # The experts' modules are rebuilt in one way, or they could not be merged; slices are whole now.
     structure = {} if first.manifest is None else {k: v for k, v in first.manifest.structure.items() if k != "shards"}
     parents = [{"path": str(source.path), "digest": source.digest} for source in sources]
     manifest = new_manifest(parents=parents, structure=structure, settings=settings)
     files = next((source.files for source in sources if source.path == owner), ())
     layout = layout_of(result_like(plan, dtypes), owner, files, changes, max_shard_bytes, tokenizer)
-    job = Job(out, plan, merger, weights, manifest, layout, dtypes, threads or os.cpu_count() or 1, sources)
+    job = Job(out, plan, merger, weights, manifest, layout, dtypes, threads or default_threads(merger), sources)
     require_space(out, job.num_bytes)
     return job
+
+
+def default_threads(merger: Merger) -> int:
+    """One per core; a single one where tensors are held whole, so that no more than one of each source is."""
+    return (os.cpu_count() or 1) if merger.piecewise else 1
 
 
 def companion_folder(candidates: Sequence[Source], like: str | Path | None) -> Path | None:

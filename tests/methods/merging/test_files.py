@@ -21,6 +21,7 @@ from fulgurite.checkpoints.sources import open_source
 from fulgurite.methods.merging import job, writing
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.files import merge_files
+from fulgurite.methods.merging.job import default_threads
 from fulgurite.methods.merging.linear import Average, TaskArithmetic
 from fulgurite.methods.merging.model_stock import ModelStock
 from fulgurite.methods.merging.opcm import Opcm
@@ -144,6 +145,11 @@ def test_where_one_rank_fails_all_raise_and_nothing_is_left(place, paths, expert
     said = {"source": "nowhere", "out": "file"}.get(place, r"holds NaN in scale")
     assert all(isinstance(error, Exception) and re.search(said, str(error)) for error in failed)
     assert leftovers(tmp_path, before) == []
+
+
+def test_a_merger_of_whole_tensors_holds_one_of_each_source(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert [default_threads(merger) for merger in (Average(), Ties(), Opcm(), Whole())] == [8, 8, 1, 1]
 
 
 def test_any_reader_of_safetensors_opens_the_result_and_an_artefact_is_a_source(paths, tmp_path):

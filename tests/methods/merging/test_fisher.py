@@ -82,7 +82,9 @@ def test_what_does_not_fit_is_refused(experts, fishers):
         Fisher().use([fishers[0], {n: f for n, f in fishers[1].items() if n != "scale"}, fishers[2]])(experts)
     with pytest.raises(ValueError, match=r"scale: a Fisher of \(1,\) for a tensor of \(\)"):
         Fisher().use([{**f, "scale": torch.ones(1)} for f in fishers])(experts)
-    with pytest.raises(ValueError, match="expert 0 has entries that are negative or NaN"):
+    with pytest.raises(ValueError, match="scale: the Fisher of expert 0 has entries that are not finite"):
         Fisher().use([{**f, "scale": torch.tensor(torch.nan)} for f in fishers])(experts)
+    with pytest.raises(ValueError, match="expert 0 has entries that are negative or NaN"):
+        Fisher().use([{**f, "scale": torch.tensor(-1.0)} for f in fishers])(experts)
     with pytest.raises(ValueError, match="floor"):
         Fisher(floor=-1.0)
