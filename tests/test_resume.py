@@ -333,4 +333,5 @@ def test_a_first_user_sees_no_warning(cli, tmp_path):
         warnings.simplefilter("always")
         argv = ("--trainer.log_every_n_steps", "50", "--trainer.max_epochs", "3", "--trainer.num_sanity_val_steps", "0")
         assert cli("fit", *argv, "--run", tmp_path / "run", "--test_after_fit", "false") == 0
-    assert [str(warning.message) for warning in seen] == []
+    # Classes that another test has defined outlive its modules, and jsonargparse says so.
+    assert [text for text in (str(warning.message) for warning in seen) if "'my_project'" not in text] == []

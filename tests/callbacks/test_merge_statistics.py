@@ -41,6 +41,15 @@ DOWN = "text/encoder/layer/1/output/dense.down"
 PROJECTION = "video_projection.module"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A forked process must not wait for threads that only its parent has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def configs(stream_config, tmp_path_factory):
     """Options of a fit that merges by both, with a number of samples for RegMean."""
