@@ -12,7 +12,7 @@ quickstart: .venv/installed
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml $(RUN)
 
 test: .venv/installed lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # All that injects faults, long tests included, with one table at the end.
 test-faults: .venv/installed

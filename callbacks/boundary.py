@@ -20,7 +20,7 @@ from fulgurite.callbacks.steps import Context, NotReady, Step
 from fulgurite.checkpoints import read_manifest, verify, write_json
 from fulgurite.checkpoints.runs import ARTEFACTS, readable_checkpoints
 from fulgurite.datamodules.base import FulguriteDataModule
-from fulgurite.methods.ranks import Ranks
+from fulgurite.methods.ranks import ALONE, patient_ranks
 from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.modules.evaluation import Scored, limited, scores_of
 from fulgurite.modules.modes import MODE_NAMES
@@ -64,6 +64,7 @@ class Boundary(pl.Callback):
         self.splits: list[Split] = [evaluate] if isinstance(evaluate, str) else list(evaluate or [])
         self.builder: Callable[[Path], nn.Module] | None = None
         self.count, self.step = 0, -1
+        self.ranks = ALONE
         self._newest: Path | None = None
         self._caught_up = False
 
@@ -86,6 +87,7 @@ class Boundary(pl.Callback):
             return
         self._newest, self._caught_up = None, False
         self.count, self.step = 0, -1
+        self.ranks = patient_ranks(trainer.global_rank, trainer.world_size)
         try:
             self._check(trainer, pl_module)
         except ValueError as error:
@@ -189,7 +191,7 @@ class Boundary(pl.Callback):
                     return
                 if not step.scored:
                     continue
-                label = f"{step.name}{'' if self.at == 'fit_end' else f', {at}'}"
+                label = f"{step.kind} {step.name}{'' if self.at == 'fit_end' else f', {at}'}"
                 self._evaluate(trainer, context, step, {"label": label, "step": facts["global_step"]})
 
     def report_sections(self, trainer: pl.Trainer) -> list[Section]:
@@ -212,7 +214,7 @@ class Boundary(pl.Callback):
 
         return Context(
             out=out,
-            ranks=Ranks(trainer.global_rank, trainer.world_size),
+            ranks=self.ranks,
             checkpoint=path,
             builder=self.builder,
             data=data if isinstance(data, FulguriteDataModule) else None,

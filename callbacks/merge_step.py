@@ -260,8 +260,11 @@ class MergeAtCheckpoint(Step):
 
         def score(some: list[Path]) -> float:
             self._publish([*before, *(p for p in merged if p in some)], context, trial, facts)
-            value = context.evaluate(trial, "val")[wanted.monitor.removeprefix("val/")]
-            return wanted.sign * value
+            found, name = context.evaluate(trial, "val"), wanted.monitor.removeprefix("val/")
+            if name not in found:
+                known = ", ".join(f"val/{known}" for known in sorted(found))
+                raise MissingError(f"{self.name}: a merge is scored by {known}, not by {wanted.monitor}: set monitor")
+            return wanted.sign * found[name]
 
         try:
             kept, best = greedy_soup(sorted(merged, key=scores.__getitem__, reverse=True), score)

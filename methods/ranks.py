@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -78,3 +79,10 @@ class Ranks:
 
 
 ALONE = Ranks()
+# Longer than any merge or export: one rank may work for hours while the others wait. One that dies is seen at once.
+PATIENCE = timedelta(days=2)
+
+
+def patient_ranks(rank: int, size: int) -> Ranks:
+    """The processes of the default group, in a group of their own that waits on the CPU and for long. A collective."""
+    return Ranks(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None)

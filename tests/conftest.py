@@ -13,6 +13,12 @@ for name in ("lightning.pytorch", "lightning.fabric"):
 
 DOMAINS = ("red", "green", "blue")
 SIZES = {"train": 20, "val": 6, "test": 7}
+LONG = ("test_resume.py", "test_two_processes.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, so that parallel workers end together."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def write_clip(path, channel, seed):

@@ -2,6 +2,7 @@
 
 __all__ = [
     "allocation",
+    "base",
     "block_importance",
     "global_schedule",
     "magnitude",

@@ -19,6 +19,7 @@ from torch import Tensor
 from fulgurite.methods.column_solver import View, checked_block_size, solve_columns
 from fulgurite.methods.exact_masks import rounded_count, smallest_of_rows
 from fulgurite.methods.inverse_factor import checked_gram, damped_factor
+from fulgurite.methods.pruning.base import Pruner
 from fulgurite.methods.pruning.n_m import largest_of_runs, two_of_four
 from fulgurite.methods.pruning.pattern import kept_of
 from fulgurite.methods.quantization.gptq import GridRule
@@ -158,3 +159,58 @@ def sparsegpt(
         bits=bits,
     )
     return Compressed(quantized.dequantize(weight.dtype), quantized, mask, loss, factor.damping)
+
+
+class SparseGpt(Pruner):
+    """Prunes column by column; see `sparsegpt`.
+
+    Args:
+        sparsity: share of every matrix that is pruned.
+        pattern: N:M instead.
+        sparsities: see `Pruner`.
+        percdamp: see `sparsegpt`.
+        block_size: see `sparsegpt`.
+        bits: of what is kept; 16 leaves it.
+        group_size: of the grid, with ``bits`` below 16.
+        scheme: of the grid.
+        clip_search: of the grid.
+        sequential: compress the layers of a block one after the other, instead of all from what the block was.
+    """
+
+    needs = "grams"
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        sparsities: dict[str, float] | None = None,
+        percdamp: float = 0.01,
+        block_size: int = 128,
+        bits: int = UNQUANTIZED_BITS,
+        group_size: GroupSize = "channel",
+        scheme: Scheme = "asymmetric",
+        clip_search: bool = False,
+        sequential: bool = False,
+    ) -> None:
+        super().__init__(sparsity, pattern, sparsities)
+        checked_block_size(block_size)
+        if bits < UNQUANTIZED_BITS:
+            GridSettings(bits, scheme, clip_search)
+        self.percdamp, self.block_size, self.sequential = percdamp, block_size, sequential
+        self.bits, self.group_size, self.scheme, self.clip_search = bits, group_size, scheme, clip_search
+
+    def compress(self, name: str, weight: Tensor, moment: Tensor | None) -> Compressed:
+        """The matrix, pruned, with what stays made up for it."""
+        return sparsegpt(
+            weight,
+            moment,
+            self.sparsity_of(name),
+            self.pattern,
+            self.percdamp,
+            self.block_size,
+            self.bits,
+            self.group_size,
+            self.scheme,
+            self.clip_search,
+            weight.dtype if self.bits < UNQUANTIZED_BITS else None,
+        )

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from fulgurite.methods.exact_masks import smallest_of_rows
-from fulgurite.methods.pruning.magnitude import magnitude_scores, matrix_mask
+from fulgurite.methods.pruning.base import Pruner
+from fulgurite.methods.pruning.magnitude import magnitude_scores, matrix_mask, pruned
+from fulgurite.methods.pruning.n_m import n_m_mask
+from fulgurite.methods.quantization.quantized_weight import Compressed, checked_weight
 
 Selection = Literal["rows", "matrix", "variant"]
 START, LARGEST, TOLERANCE = 0.4, 0.8, 1e-3
@@ -76,3 +79,36 @@ def variant_mask(scores: Tensor, sparsity: float) -> Tensor:
             alpha, low = (alpha + high) / 2, alpha
     kept = torch.arange(scores.shape[1], device=scores.device) >= counts[:, None]
     return torch.zeros_like(kept).scatter_(1, order, kept)
+
+
+class Wanda(Pruner):
+    """Prunes by weight times norm of its input.
+
+    Args:
+        sparsity: share of every matrix that is pruned.
+        pattern: N:M instead.
+        sparsities: see `Pruner`.
+        selection: rank within ``rows`` or the ``matrix``, or by the share of a row's sum (``variant``).
+    """
+
+    needs = "energies"
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        sparsities: dict[str, float] | None = None,
+        selection: Selection = "rows",
+    ) -> None:
+        super().__init__(sparsity, pattern, sparsities)
+        if pattern is not None and selection != "rows":
+            raise ValueError(f"pattern={pattern!r} ranks within runs of a row: leave out selection={selection!r}")
+        self.selection = selection
+
+    def compress(self, name: str, weight: Tensor, moment: Tensor | None) -> Compressed:
+        """The matrix with 0 where the product is smallest."""
+        checked_weight(weight)
+        norm = moment.sqrt()
+        if self.pattern is not None:
+            return pruned(weight, n_m_mask(wanda_scores(weight, norm), self.pattern))
+        return pruned(weight, wanda_mask(weight, norm, self.sparsity_of(name), self.selection))

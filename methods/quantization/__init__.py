@@ -2,6 +2,7 @@
 
 __all__ = [
     "attention_mass",
+    "base",
     "bit_allocation",
     "gptq",
     "grid",

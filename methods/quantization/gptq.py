@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fulgurite.methods.column_solver import Order, View, checked_block_size, column_order, solve_columns
 from fulgurite.methods.inverse_factor import checked_gram, damped_factor
+from fulgurite.methods.quantization.base import Quantizer, ScaleType
 from fulgurite.methods.quantization.grid import (
     UNQUANTIZED_BITS,
     GridSettings,
@@ -185,3 +186,59 @@ def gptq(
     damping = factor.damping
     del factor, solved
     return Compressed(quantized.dequantize(weight.dtype), quantized, loss=loss, damping=damping)
+
+
+class Gptq(Quantizer):
+    """Quantizes column by column; see `gptq`.
+
+    Args:
+        bits: of every matrix, 1 to 8; 16 leaves it as it is.
+        group_size: columns of a row that share a scale; all of a row (``channel``), or all of a matrix (``tensor``).
+        scheme: how scale and zero come from the range; see `grid`.
+        clip_search: search the range that loses least, instead of the full one.
+        scale_dtype: type in which scales are stored, and used; that of the weight where None.
+        bits_by_name: full pattern of layer names -> bits, in the place of ``bits``; the first that matches.
+        order: in which columns are solved; see `gptq`.
+        groups: where grids of groups are fitted; see `gptq`.
+        percdamp: multiple of the mean of diag H that is added to it.
+        block_size: columns between two updates of all that follow.
+        sequential: quantize the layers of a block one after the other, each on what those before it have become.
+    """
+
+    needs = "grams"
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: GroupSize = 128,
+        scheme: Scheme = "symmetric",
+        clip_search: bool = False,
+        scale_dtype: ScaleType | None = None,
+        bits_by_name: dict[str, int] | None = None,
+        order: Order = "activation",
+        groups: Groups = "static",
+        percdamp: float = 0.01,
+        block_size: int = 128,
+        sequential: bool = True,
+    ) -> None:
+        super().__init__(bits, group_size, scheme, clip_search, scale_dtype, bits_by_name)
+        checked_block_size(block_size)
+        self.order, self.groups, self.percdamp, self.block_size = order, groups, percdamp, block_size
+        self.sequential = sequential
+
+    def compress(self, name: str, weight: Tensor, moment: Tensor | None) -> Compressed:
+        """The matrix on its grids, later columns made up for earlier ones."""
+        return gptq(
+            weight,
+            moment,
+            self.bits_of(name),
+            self.group_size,
+            self.scheme,
+            self.clip_search,
+            self.stored_type(weight),
+            self.order,
+            self.groups,
+            self.percdamp,
+            self.block_size,
+            self.kept_of(name, weight),
+        )

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ class QuantizedWeight:
     def symmetric(self) -> bool:
         """Whether every zero is 2^(bits - 1), so that none need be stored."""
         return bool((self.zero == 2 ** (self.bits - 1)).all())
+
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on another device."""
+        parts = ("integers", "scale", "zero", "group_index", "kept", "kept_values")
+        values = {name: getattr(self, name) for name in parts}
+        return replace(self, **{name: None if value is None else value.to(device) for name, value in values.items()})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), computed in float32 (float64 where a part is) and returned in ``dtype``.
@@ -74,6 +80,12 @@ class Compressed:
     mask: Tensor | None = None
     loss: float = 0.0
     damping: float | None = None
+
+    def to(self, device: torch.device | str) -> Compressed:
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        quantized = None if self.quantized is None else self.quantized.to(device)
+        return replace(self, weight=self.weight.to(device), quantized=quantized, mask=mask)
 
 
 def checked_weight(weight: Tensor) -> Tensor:

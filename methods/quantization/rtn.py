@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fulgurite.methods.quantization.base import Quantizer
 from fulgurite.methods.quantization.grid import (
     UNQUANTIZED_BITS,
     GridSettings,
@@ -61,3 +62,21 @@ def quantize_rtn(
         kept_values=None if kept is None else weight.detach()[kept],
     )
     return Compressed(quantized.dequantize(weight.dtype), quantized)
+
+
+class Rtn(Quantizer):
+    """Rounds to the nearest level; needs no data."""
+
+    needs = "nothing"
+
+    def compress(self, name: str, weight: Tensor, moment: Tensor | None) -> Compressed:
+        """The matrix, rounded."""
+        return quantize_rtn(
+            weight,
+            self.bits_of(name),
+            self.group_size,
+            self.scheme,
+            self.clip_search,
+            self.stored_type(weight),
+            self.kept_of(name, weight),
+        )

@@ -22,7 +22,7 @@ def test_five_merges_are_scored_beside_dynamic_merging(command, configs, tmp_pat
     assert scores["average"]["test/accuracy/grid"] == pytest.approx(metrics["test/average/accuracy/grid"], abs=1e-6)
     page, printed = (run / "report.html").read_text(), capfd.readouterr().out
     table = page[page.index("<h2>Artefacts</h2>") :]
-    for name in ("dynamic merging", *METHODS):
+    for name in ("dynamic merging", *(f"merged {method}" for method in METHODS)):
         assert f"<td>{name}</td>" in table
         assert name in printed[printed.index("Artefacts, accuracy in %") :]
     assert all(state.sound for state in audit(run))

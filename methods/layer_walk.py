@@ -1,0 +1,365 @@
+"""A walk over the blocks of a model, in the order in which data flow: what goes into each, and on to the next.
+
+    walk = LayerWalk(model, spec, batches, lambda batch: model(**batch))
+    for block in walk:
+        for names in block.input_groups(block.linears()):
+            grams = block.grams(names).means()
+            ...                            # change the weights of the layers `names`
+                                           # the block runs again, and its outputs go into the next one
+
+The inputs of a tower's first block are caught by running the model up to it; a tower that comes later sees what the
+earlier ones have become. Where a block does not take exactly what the one before it gives (something lies between
+them), its inputs are caught in the same way, and this is logged. All other arguments of a block (masks, positions, the
+states that cross-attention reads) are those of that catch. Memory: the hidden states of all batches, two of them on the
+device.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fulgurite.methods.ranks import ALONE, Ranks
+from fulgurite.methods.statistics.gram import GramStatistics, input_width
+from fulgurite.methods.structure import ModelSpec, Tower
+
+log = logging.getLogger(__name__)
+Value = TypeVar("Value")
+Masks = Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
+
+
+class _Enough(Exception):
+    """The last block that matters has been reached."""
+
+
+class _Hidden:
+    """Stands in a block's arguments where the hidden states go."""
+
+
+HIDDEN = _Hidden()
+
+
+@dataclass
+class Call:
+    """The arguments of one block for one batch.
+
+    Args:
+        args: by position, `HIDDEN` among them or among ``kwargs``.
+        kwargs: by name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, module: nn.Module, hidden: Tensor, device: torch.device) -> Any:
+        """The block's output with these hidden states, on ``device``."""
+
+        def at_home(value: Any) -> Any:
+            return hidden if value is HIDDEN else mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+        return module(*map(at_home, self.args), **{name: at_home(value) for name, value in self.kwargs.items()})
+
+
+@dataclass
+class Block:
+    """One block of the walk, with what goes into it.
+
+    Args:
+        name: of the module in the model.
+        tower: it belongs to.
+        module: itself.
+        inputs: hidden states of this process's batches.
+        calls: the other arguments of each.
+        walk: that it is part of.
+    """
+
+    name: str
+    tower: Tower
+    module: nn.Module
+    inputs: list[Tensor]
+    calls: list[Call]
+    walk: LayerWalk = field(repr=False)
+
+    def linears(self, pattern: str | None = None) -> dict[str, nn.Module]:
+        """Linear layers inside, by their full names.
+
+        Args:
+            pattern: full pattern of names; all where None.
+
+        Raises:
+            ValueError: another kind of module, whose weight is a matrix, matches the pattern.
+        """
+        found = {}
+        for inner, module in self.module.named_modules():
+            name = f"{self.name}.{inner}" if inner else self.name
+            if pattern is not None and not re.fullmatch(pattern, name):
+                continue
+            try:
+                input_width(module)
+            except ValueError as error:
+                weight = getattr(module, "weight", None)
+                if pattern is not None and isinstance(weight, Tensor) and weight.dim() > 1:
+                    raise ValueError(f"{name}: {error}; leave it out of {pattern!r}") from None
+                continue
+            found[name] = module
+        return found
+
+    def outputs(self, limit: int | None = None) -> Iterator[Tensor]:
+        """Hidden states that the block gives for each batch, as it is now."""
+        device = self.walk.device
+        for number in range(len(self.inputs) if limit is None else limit):
+            with torch.no_grad():
+                output = self.calls[number].run(self.module, self.inputs[number].to(device), device)
+                yield hidden_of(output, self.name)
+
+    def input_groups(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+        """``layers`` in the order in which they are called, those that are given the same tensor together.
+
+        Layers that some batches do not call, as experts, are looked for in the others. All ranks call it.
+
+        Raises:
+            ValueError: a layer is never called as a module.
+        """
+        order: list[tuple[int, list[str]]] = []
+        kept: list[Tensor] = []  # so that no tensor takes another's identity
+
+        def note(name: str, x: Tensor) -> None:
+            if any(name in names for _, names in order):
+                return
+            for number, names in order:
+                if number == id(x):
+                    names.append(name)
+                    return
+            kept.append(x)
+            order.append((id(x), [name]))
+
+        outputs = self.outputs()
+        while sum(len(names) for _, names in order) < len(layers):
+            with watching(layers, note):
+                if next(outputs, None) is None:
+                    break
+        found = [sorted(names) for _, names in order]
+        unseen = sorted(layers.keys() - {name for names in found for name in names})
+        per_rank = self.walk.ranks.gather((found, unseen))
+        if missing := set(layers) & set.intersection(*(set(unseen) for _, unseen in per_rank)):
+            raise ValueError(
+                f"{self.name}: {sorted(missing)} were not called as modules by any batch; leave them out of the layers "
+                "that are compressed, or give more samples"
+            )
+        groups, placed = [], set()
+        for groups_of_rank, _ in per_rank:
+            for names in groups_of_rank:
+                if rest := [name for name in names if name not in placed]:
+                    groups.append(rest)
+                    placed.update(rest)
+        return groups
+
+    def grams(
+        self, names: Sequence[str], weights: Sequence[Tensor] | None = None, diagonal: bool = False
+    ) -> GramStatistics:
+        """Second moments of the inputs of layers that share one, over the batches of all ranks.
+
+        Args:
+            names: of one of `input_groups`.
+            weights: (B, S) of the tokens of each batch; see `methods.statistics.gram.token_shares`.
+            diagonal: only the column energies.
+        """
+        walk = self.walk
+        if not walk.batches:
+            raise ValueError(f"{self.name}: there is no calibration data to measure the inputs of {names[0]} with")
+        shared = [[re.escape(name) for name in names]] if len(names) > 1 else []
+        pattern = "|".join(map(re.escape, names))
+        grams = GramStatistics(walk.model, pattern, len(names), shared, diagonal, device=walk.device)
+        outputs = self.outputs()
+        for number, batch in enumerate(walk.batches):
+            mask = walk.masks(batch, names) if walk.masks is not None else None
+            with grams.watch(mask, None if weights is None else weights[number]):
+                next(outputs)
+        grams.reduce(walk.ranks.total)
+        return grams
+
+
+class LayerWalk:
+    """See the module. One walk is made once; the model must be in evaluation mode, and is only changed by the caller.
+
+    Args:
+        model: with all towers on one device.
+        spec: where its blocks are.
+        batches: calibration data of this process, any objects. Without any, blocks come without inputs, in order.
+        forward: runs the model on one of them; no cache of keys and values may be in use.
+        masks: (batch, names of layers) -> by name, nonzero for the tokens that count; none has padding where None.
+        ranks: processes that walk together, each with its own batches.
+        offload: keep hidden states on the CPU between blocks.
+        towers: names of those to walk; all where None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: ModelSpec,
+        batches: Sequence[Any],
+        forward: Callable[[Any], Any],
+        masks: Masks | None = None,
+        ranks: Ranks = ALONE,
+        offload: bool = True,
+        towers: Sequence[str] | None = None,
+    ) -> None:
+        if model.training:
+            raise ValueError(f"{type(model).__name__} is in training mode: call eval() first")
+        known = [tower.name for tower in spec.towers]
+        if unknown := sorted(set(towers or []) - set(known)):
+            raise ValueError(f"towers={unknown}: this model has {known}")
+        self.model, self.spec, self.batches, self.forward = model, spec, list(batches), forward
+        self.masks, self.ranks = masks, ranks
+        self.towers = [tower for tower in spec.towers if towers is None or tower.name in towers]
+        self.device = next(model.parameters()).device
+        self.storage = torch.device("cpu") if offload else self.device
+
+    def __iter__(self) -> Iterator[Block]:
+        for tower in self.towers:
+            names = self.spec.block_names(self.model, tower.name)
+            if not self.batches:
+                yield from (Block(name, tower, self.model.get_submodule(name), [], [], self) for name in names)
+                continue
+            done = 0
+            while done < len(names):
+                inputs, calls = self._catch(names[done:])
+                for number, name in enumerate(names[done : done + len(calls)]):
+                    module = self.model.get_submodule(name)
+                    yield (block := Block(name, tower, module, inputs, calls[number], self))
+                    if number + 1 < len(calls):
+                        for place, output in enumerate(block.outputs()):
+                            inputs[place] = output.to(self.storage)  # the block's own list: it has no more use for it
+                done += len(calls)
+                if done < len(names):
+                    log.info("%s takes other inputs than %s gives: they are caught anew", names[done], names[done - 1])
+
+    def _catch(self, names: Sequence[str]) -> tuple[list[Tensor], list[list[Call]]]:
+        """Inputs of the first of ``names``, and the other arguments of it and of those that it leads to, by block."""
+        inputs: list[Tensor] = []
+        per_batch: list[list[Call]] = []
+        for batch in self.batches:
+            first, calls = self._catch_one(names, batch)
+            inputs.append(first)
+            per_batch.append(calls)
+        length = min(self.ranks.gather(min(map(len, per_batch))))
+        return inputs, [[calls[number] for calls in per_batch] for number in range(length)]
+
+    def _catch_one(self, names: Sequence[str], batch: Any) -> tuple[Tensor, list[Call]]:
+        modules = [self.model.get_submodule(name) for name in names]
+        calls: list[Call] = []
+        state: dict[str, Any] = {}
+        memo: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def stored(tensor: Tensor) -> Tensor:
+            # The same mask goes into every block, and is kept once.
+            if id(tensor) not in memo:
+                memo[id(tensor)] = (tensor, tensor.detach().to(self.storage))
+            return memo[id(tensor)][1]
+
+        def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if number < len(calls):
+                raise ValueError(f"{names[number]} is called more than once by a batch, so it has no one input")
+            expected = state.get("output") if number else first_tensor(args, kwargs)
+            hits = [value for value in (*args, *kwargs.values()) if value is expected and value is not None]
+            if number != len(calls) or len(hits) != 1:
+                if not number:
+                    raise ValueError(f"{names[0]} is called without hidden states")
+                raise _Enough
+            if not number:
+                state["first"] = expected.detach().to(self.storage)
+            calls.append(
+                Call(
+                    tuple(packed(value, expected, stored, names[number]) for value in args),
+                    {name: packed(value, expected, stored, names[number]) for name, value in kwargs.items()},
+                )
+            )
+
+        def after(number: int, output: Any) -> None:
+            state["output"] = hidden_of(output, names[number])
+            if number == len(names) - 1:
+                raise _Enough
+
+        hooks = []
+        for number, module in enumerate(modules):
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _, args, kwargs, number=number: before(number, args, kwargs), with_kwargs=True
+                )
+            )
+            hooks.append(module.register_forward_hook(lambda *given, number=number: after(number, given[-1])))
+        try:
+            with torch.no_grad():
+                self.forward(batch)
+        except _Enough:
+            return state["first"], calls
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise ValueError(f"{names[len(calls)]} is not reached by a forward pass")
+
+
+def hidden_of(output: Any, name: str) -> Tensor:
+    """The hidden states in a block's output: itself, or its first entry.
+
+    Raises:
+        ValueError: there is no tensor.
+    """
+    hidden = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(hidden, Tensor):
+        raise ValueError(f"{name} gives {type(output).__name__}, in which no hidden states can be found")
+    return hidden
+
+
+def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating-point tensor among the arguments."""
+    values = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return next((value for value in values if value.is_floating_point()), None)
+
+
+def packed(value: Any, hidden: Tensor, stored: Callable[[Tensor], Tensor], name: str) -> Any:
+    """An argument to keep: `HIDDEN` for the hidden states, stored copies of tensors.
+
+    Raises:
+        ValueError: a cache of keys and values, which a second pass would fill again.
+    """
+    if value is hidden:
+        return HIDDEN
+    if type(value).__name__.endswith("Cache"):
+        raise ValueError(f"{name} is given a {type(value).__name__}: run the model without a cache (use_cache=False)")
+    return mapped(value, stored)
+
+
+def mapped(value: Any, of: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with ``of`` applied to every tensor in its tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return of(value)
+    if type(value) in (tuple, list):
+        return type(value)(mapped(item, of) for item in value)
+    if type(value) is dict:
+        return {key: mapped(item, of) for key, item in value.items()}
+    return value
+
+
+@contextmanager
+def watching(layers: Mapping[str, nn.Module], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """``note`` the name and input of every layer that is called inside."""
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: note(name, args[0] if args else next(iter(kwargs.values()))),
+            with_kwargs=True,
+        )
+        for name, module in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
