@@ -13,6 +13,7 @@ __all__ = [
     "quantized_weight",
     "rotation",
     "rtn",
+    "storage",
     "task_circuit",
     "token_importance",
 ]
