@@ -36,6 +36,9 @@ class FrozenBackbone(nn.Module, ABC):
     `freeze` last. Parameter names are those of the pretrained
     model and never change: adapters attach through hooks.
 
+    Attributes:
+        derived: names of the buffers that are computed from the weights, and so change with them.
+
     Args:
         train_dropout: ``"official"`` keeps the pretrained model's dropout active while training, as the
             published code does; ``"off"`` runs it in evaluation mode always.
@@ -43,6 +46,7 @@ class FrozenBackbone(nn.Module, ABC):
 
     spec: ModelSpec
     source: str
+    derived: tuple[str, ...] = ()
 
     def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
         super().__init__()
@@ -60,6 +64,10 @@ class FrozenBackbone(nn.Module, ABC):
     @abstractmethod
     def collator(self, stage: str) -> Collator:
         """A collator that makes this backbone's batches; ``stage`` is Lightning's (fit, validate, test, predict)."""
+
+    def refresh(self) -> None:
+        """Compute anew what is derived from the weights, after they have changed; nothing unless a subclass does."""
+        return
 
     def feature_extractor(self) -> Any:
         """What a feature cache computes per video for this backbone (``encoder``, ``sampling``); None for nothing."""
@@ -87,6 +95,11 @@ class VideoQABackbone(FrozenBackbone):
     @abstractmethod
     def set_answers(self, answers: Sequence[str]) -> None:
         """Build the frozen embeddings of the answer vocabulary. Its order is the order of the logits."""
+
+    def refresh(self) -> None:
+        """Embed the answers anew; no adapters may be active."""
+        if self.answers:
+            self.set_answers(self.answers)
 
     @abstractmethod
     def forward(self, batch: Batch) -> QAOutput:

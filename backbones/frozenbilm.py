@@ -94,6 +94,8 @@ class FrozenBiLM(VideoQABackbone):
         MismatchError: tensors of the files do not fit; all of them are listed.
     """
 
+    derived = ("answer_table", "answer_offset")
+
     def __init__(
         self,
         model: str = "microsoft/deberta-v2-xlarge",
@@ -331,6 +333,11 @@ class FrozenBiLM(VideoQABackbone):
     def fingerprint(self) -> str:
         """Digest of all frozen weights as they are at first use; reads every weight once."""
         return digest_of_state(self.state_dict())
+
+    def refresh(self) -> None:
+        """As in the base, and the digest."""
+        self.__dict__.pop("fingerprint", None)
+        super().refresh()
 
 
 def _mask(batch: Batch) -> Tensor:

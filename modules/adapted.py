@@ -1,7 +1,8 @@
 """Adapter sets beside a frozen backbone, trained stage by stage: what every such LightningModule shares.
 
 Which sets there are, when a stage begins, and what a checkpoint holds: the *delta* of what trains, over a backbone that
-is named by its digest.
+is named by its digest. Once the backbone's weights are no longer those that its source has, as those of a pruned model,
+the module is *self-contained*: its checkpoints hold them too, and what is derived from them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from fulgurite.modules.sharding import reshard, shard_blocks
 from fulgurite.samples import Collator, DataInfo, Stage, stage_of
 
 INITIAL = "initial"
+BACKBONE = "backbone."
+BACKBONE_DIGEST = "backbone_digest"  # among a checkpoint's facts: it holds the backbone, with this digest
 
 
 class AdaptedModule(pl.LightningModule, ABC):
@@ -67,6 +70,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.bank = AdapterBank(backbone, adapters)
         self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
         self.param_groups = param_groups or []
+        self.self_contained = False
         self.info: DataInfo | None = None
         self.data_info: DataInfo | None = None
         self.stages: tuple[Stage, ...] = ()
@@ -116,6 +120,20 @@ class AdaptedModule(pl.LightningModule, ABC):
         if own is not None:
             self.bank.load_sites("live", own)
         self.bank.copy("live", INITIAL)
+
+    def take_backbone(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put the backbone of a self-contained checkpoint in the place of the own one, before `prepare`.
+
+        Raises:
+            MismatchError: other names or shapes than the backbone's.
+        """
+        own = self.backbone.state_dict()
+        given = {name.removeprefix(BACKBONE): value for name, value in tensors.items() if name.startswith(BACKBONE)}
+        given = {name: value for name, value in given.items() if name not in self.backbone.derived}
+        require_same_tensors(own, given, option="backbone")
+        self.backbone.load_state_dict(given)
+        self.backbone.refresh()
+        self.self_contained = True
 
     def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a new run takes from a checkpoint's tensors: its live set, as the start of this run's sets."""
@@ -195,7 +213,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def state_dict(self, *args: Any, prefix: str = "", keep_vars: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """The delta alone: `saved_parts` and `saved_buffers`. The frozen backbone is never in it."""
+        """The delta: `saved_parts` and `saved_buffers`; of a self-contained module the backbone too."""
         reshard(self)
         out: dict[str, Any] = {}
         for part in self.saved_parts:
@@ -204,6 +222,9 @@ class AdaptedModule(pl.LightningModule, ABC):
                 module.state_dict(destination=out, prefix=f"{prefix}{part}.", keep_vars=keep_vars)
         for name in self.saved_buffers if self.info is not None else ():
             out[prefix + name] = getattr(self, name) if keep_vars else getattr(self, name).detach()
+        if self.self_contained:
+            self.backbone.state_dict(destination=out, prefix=f"{prefix}{BACKBONE}", keep_vars=keep_vars)
+            out |= {f"{prefix}{BACKBONE}{name}": self.backbone.get_buffer(name) for name in self.backbone.derived}
         return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -214,16 +235,25 @@ class AdaptedModule(pl.LightningModule, ABC):
         """
         if strict:
             require_same_tensors(self.state_dict(), state_dict)
-        # Names and shapes were compared; only the frozen backbone, which no checkpoint holds, is missing.
-        return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
+        # Names and shapes were compared; what is missing is the frozen backbone under a delta. What is derived from the
+        # backbone is no part of its own state.
+        derived = {f"{BACKBONE}{name}": self.backbone.get_buffer(name) for name in self.backbone.derived}
+        with torch.no_grad():
+            for name in derived.keys() & state_dict.keys():
+                derived[name].copy_(state_dict[name])
+        rest = {name: value for name, value in state_dict.items() if name not in derived}
+        return super().load_state_dict(rest, strict=False, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record what the delta stands on: backbone digest, data facts, stage."""
+        """Record what the weights stand on: backbone digest, data facts, stage."""
         assert self.info is not None
+        if self.self_contained:
+            stands_on: dict[str, Any] = {"kind": "self-contained", "base": None, BACKBONE_DIGEST: self.base_digest}
+        else:
+            stands_on = {"kind": "delta", "base": {"source": self.backbone.source, "digest": self.base_digest}}
         checkpoint["fulgurite"] = {
             **checkpoint.get("fulgurite", {}),
-            "kind": "delta",
-            "base": {"source": self.backbone.source, "digest": self.base_digest},
+            **stands_on,
             "info": asdict(self.info),
             "info_digest": self.info.digest,
             "stages": [asdict(s) for s in self.stages],
@@ -246,7 +276,7 @@ class AdaptedModule(pl.LightningModule, ABC):
         elif info != self.info:
             self.forget()
         self.restore(facts)
-        Manifest(kind="delta", base=facts["base"]).require_base(self.base_digest, "the checkpoint")
+        Manifest(kind=facts["kind"], base=facts["base"]).require_base(self.base_digest, "the checkpoint")
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Build for the data that a checkpoint's facts describe, at its stage; the tensors come after this.
@@ -259,6 +289,9 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.prepare(info, stages)
         self.stages = own
         self.stage = facts["stage"]
+        self.self_contained = BACKBONE_DIGEST in facts
+        if self.self_contained:
+            self.base_digest = facts[BACKBONE_DIGEST]
 
     def forget(self) -> None:
         """Drop what was built for other data, so that a checkpoint's own facts can be used instead."""

@@ -18,7 +18,9 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from fulgurite.checkpoints import MismatchError, load_tensors, read_manifest
+from fulgurite.checkpoints import MismatchError, read_manifest
+from fulgurite.methods.quantization.storage import load_dense
+from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
 from fulgurite.modules.sharding import distribute, reshard
 from fulgurite.samples import Batch, batches_within
 
@@ -47,7 +49,13 @@ def scores_of(trainer: pl.Trainer, module: Scored, path: str | Path, batches: It
         CheckpointError: the checkpoint is damaged, or does not fit the module.
     """
     facts, stage = read_manifest(path).facts, getattr(module, "stage", None)
-    with isolate_rng(), torch.no_grad(), evaluation_mode(module), other_values(module, load_tensors(path), str(path)):
+    with (
+        isolate_rng(),
+        torch.no_grad(),
+        evaluation_mode(module),
+        whole_where(module, BACKBONE_DIGEST in facts),
+        other_values(module, load_dense(path), str(path)),
+    ):
         try:
             if stage is not None:
                 module.stage = facts["stage"]
@@ -106,6 +114,19 @@ def other_values(module: nn.Module, values: Mapping[str, Tensor], where: str) ->
             reshard(module)
             for name, value in own.items():
                 targets[name].copy_(value)
+
+
+@contextmanager
+def whole_where(module: nn.Module, self_contained: bool) -> Iterator[None]:
+    """The backbone counted among the module's values inside, where others are ``self_contained``."""
+    if not isinstance(module, AdaptedModule):
+        yield
+        return
+    own, module.self_contained = module.self_contained, self_contained
+    try:
+        yield
+    finally:
+        module.self_contained = own
 
 
 @contextmanager

@@ -77,8 +77,10 @@ def describe_difference(old: DataInfo, new: DataInfo, old_stages: Sequence[Stage
     return "\n".join(lines + ["Use the DataModule settings of the checkpoint's config.yaml."])
 
 
-def require_same_tensors(model: Mapping[str, Tensor], file: Mapping[str, Tensor], listed: int = 12) -> None:
-    """Raise `MismatchError` with all tensors that are missing, unknown, or of another shape."""
+def require_same_tensors(
+    model: Mapping[str, Tensor], file: Mapping[str, Tensor], listed: int = 12, option: str = "adapters"
+) -> None:
+    """Raise `MismatchError` with all tensors that are missing, unknown, or of another shape; ``option`` is to change."""
     wrong = [f"  {n}  not in the file" for n in model if n not in file]
     wrong += [f"  {n}  not in this model" for n in file if n not in model]
     wrong += [
@@ -91,5 +93,5 @@ def require_same_tensors(model: Mapping[str, Tensor], file: Mapping[str, Tensor]
         shown = "\n".join([*wrong[:listed], *more])
         raise MismatchError(
             f"{len(wrong)} tensors of the checkpoint do not fit this model:\n{shown}\n"
-            "Set model.init_args.adapters to what the checkpoint was made with (see its config.yaml)."
+            f"Set model.init_args.{option} to what the checkpoint was made with (see its config.yaml)."
         )

@@ -44,6 +44,7 @@ class Quantizer(Compressor):
         self.scale_dtype, self.bits_by_name = scale_dtype, dict(bits_by_name or {})
         self._bits: dict[str, int] = {}
         self._kept: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
 
     def assign(self, bits: Mapping[str, int]) -> None:
         """Take the bits of every matrix from an allocation, by the name of its layer."""
@@ -52,6 +53,10 @@ class Quantizer(Compressor):
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """Leave the weights where a mask (out, in) is True as they are (TaCQ), by the name of the layer."""
         self._kept = dict(masks)
+
+    def keep_zeros(self, masks: Mapping[str, Tensor]) -> None:
+        """Leave the weights at 0 where a mask (out, in) of pruning is False, by the name of the layer."""
+        self._masks = dict(masks)
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Check what is given by name.
@@ -75,6 +80,11 @@ class Quantizer(Compressor):
         """Which weights of a layer stay as they are."""
         mask = self._kept.get(name)
         return None if mask is None else mask.to(weight.device)
+
+    def pruned_of(self, name: str, weight: Tensor) -> Tensor | None:
+        """Which weights of a layer were pruned, and stay 0."""
+        mask = self._masks.get(name)
+        return None if mask is None else ~mask.to(weight.device)
 
     def stored_type(self, weight: Tensor) -> torch.dtype:
         """Type of the scales of a layer."""

@@ -109,6 +109,7 @@ def gptq(
     block_size: int = 128,
     kept: Tensor | None = None,
     zero_dead_kept: bool = False,
+    pruned: Tensor | None = None,
 ) -> Compressed:
     """Quantize the weight of one linear layer.
 
@@ -132,6 +133,8 @@ def gptq(
         block_size: columns between two updates of all that follow; changes results with ``stale`` groups alone.
         kept: (out, in) bool, weights that are not rounded (TaCQ). They do not stretch the grid.
         zero_dead_kept: zero kept weights of dead columns too, as the published code does.
+        pruned: (out, in) bool, weights that stay 0; those that come after them make up for what they would have been
+            given.
 
     Returns:
         See `Compressed`. A kept weight has the value that the loop left it with.
@@ -147,6 +150,8 @@ def gptq(
         raise ValueError(f"groups={groups!r}: expected 'fresh', 'stale' or 'static'")
     if kept is not None and (kept.shape != weight.shape or kept.dtype != torch.bool):
         raise ValueError(f"kept is {kept.dtype} of {tuple(kept.shape)}, expected bool of {tuple(weight.shape)}")
+    if kept is not None and pruned is not None:
+        kept = kept & ~pruned
     if bits >= UNQUANTIZED_BITS:
         return Compressed(weight.detach().clone())
     settings = GridSettings(bits, scheme, clip_search, scale_dtype)
@@ -168,9 +173,12 @@ def gptq(
     columns = torch.arange(num_columns, device=dense.device) if perm is None else perm
     solved = dense.T.index_select(0, columns)
     kept_columns = None if kept is None else kept.T.index_select(0, columns)
+    pruned_columns = None if pruned is None else pruned.T.index_select(0, columns)
     dead = (gram.diagonal() == 0)[columns, None]
     solved.masked_fill_(dead if kept is None or zero_dead_kept else dead & ~kept_columns, 0)
-    rule = GridRule(solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns)
+    rule = GridRule(
+        solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns, pruned_columns
+    )
     loss = solve_columns(solved, factor.upper, rule, block_size)
 
     inverse = columns.argsort()
@@ -241,4 +249,5 @@ class Gptq(Quantizer):
             self.percdamp,
             self.block_size,
             self.kept_of(name, weight),
+            pruned=self.pruned_of(name, weight),
         )

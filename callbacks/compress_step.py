@@ -1,0 +1,342 @@
+"""Compression as a step: a checkpoint's backbone made smaller block by block, in a second module of its own.
+
+The artefact is self-contained: all of the module, the backbone included, with pruned weights beside their masks and
+quantized ones packed. It loads wherever a checkpoint of the run does. The second module is whole in every process,
+whatever the strategy; the processes share the samples that inputs are measured on, and the matrices that are solved.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
+from fulgurite.callbacks.merge_step import documents_of
+from fulgurite.callbacks.publish import PublishedCheckpoint
+from fulgurite.callbacks.saved_blocks import SavedBlocks
+from fulgurite.callbacks.steps import MADE_FROM, Context, Step, described
+from fulgurite.checkpoints import Manifest, digest_of_json, load_tensors, read_manifest
+from fulgurite.checkpoints.card import CARD_NAME, STEPS, card
+from fulgurite.checkpoints.shards import SHARDS
+from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
+from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.methods.compression import Compressor, LayerReport, compressed_blocks, matrices, totals
+from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.papers import papers_of
+from fulgurite.methods.quantization.quantized_weight import Compressed
+from fulgurite.methods.quantization.storage import COMPRESSED, masks_of, stored
+from fulgurite.methods.statistics.gram import input_width
+from fulgurite.modules.adapted import BACKBONE, BACKBONE_DIGEST, AdaptedModule
+from fulgurite.modules.calibration import Calibrated, counted_inputs, masks_by_layer
+
+LAYERS = "layers"
+# What a source's facts and settings say of how the source was made.
+OF_SOURCE = ("change", "statistics", "opcm", "papers", "data", COMPRESSED, LAYERS, "totals")
+OF_STEPS = ("merger", "weights", *STEPS)
+Inputs = dict[str, Tensor]
+
+
+@dataclass
+class CalibrationSamples:
+    """What the inputs of layers are measured on.
+
+    Args:
+        samples: training samples, drawn without replacement.
+        seed: of the choice.
+    """
+
+    samples: int = 128
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"calibration: samples={self.samples} must be at least 1")
+
+
+class CompressAtCheckpoint(Step):
+    """Gives the linear layers of a backbone's blocks new weights; a subclass says by what.
+
+    Attributes:
+        verb: under which the card and ``settings`` name it.
+
+    Args:
+        compressor: what becomes of each matrix; it is copied before it is used.
+        layers: full pattern of the names of the layers in the backbone, as ``text\\.encoder\\..*\\.dense``; all linear
+            layers of its blocks where null.
+        towers: names of the backbone's towers whose blocks are compressed; all where null.
+        calibration: training samples that inputs are measured on, with the live adapters: merge first what is to
+            answer for several stages. Of a compressor that needs no inputs, null.
+        name: of artefact and figures; that of the compressor's class by default.
+    """
+
+    verb: str
+
+    def __init__(
+        self,
+        compressor: Compressor,
+        layers: str | None,
+        towers: list[str] | None,
+        calibration: CalibrationSamples | None,
+        name: str | None,
+    ) -> None:
+        super().__init__(type(compressor).__name__.lower() if name is None else name)
+        if (compressor.needs == "nothing") != (calibration is None):
+            raise ValueError(
+                f"{type(compressor).__name__} needs no inputs of layers: leave out calibration"
+                if calibration is not None
+                else f"{type(compressor).__name__} needs inputs of layers: set calibration, e.g. to {{samples: 128}}"
+            )
+        self.layers, self.towers, self.calibration = layers, towers, calibration
+
+    @property
+    @abstractmethod
+    def compressor(self) -> Compressor:
+        """What becomes of each matrix."""
+
+    @abstractmethod
+    def prepare(self, compressor: Compressor, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+        """Look at what is compressed in the source already.
+
+        Args:
+            compressor: a copy that may be changed.
+            weights: (out, in) that will be compressed, by name of the layer.
+            source: the checkpoint.
+
+        Returns:
+            masks, by name of the layer, of weights that must stay 0.
+
+        Raises:
+            ValueError: this cannot be compressed further.
+        """
+
+    def check(self, at: str, publisher: PublishedCheckpoint, module: LightningModule) -> None:
+        """Refuse a module without a backbone, and more samples than there are.
+
+        Raises:
+            ValueError: with the option to change.
+        """
+        require_backbone(module, self.name)
+        known = [tower.name for tower in module.backbone.spec.towers]
+        if unknown := sorted(set(self.towers or []) - set(known)):
+            raise ValueError(f"{self.name}: towers={unknown}: {type(module.backbone).__name__} has {known}")
+        if self.calibration is None:
+            return
+        data = module.trainer.datamodule
+        if not isinstance(data, FulguriteDataModule):
+            raise ValueError(f"{type(data).__name__} gives no samples to measure on: use a DataModule of this project")
+        available, ranks = len(data.samples("train")), module.trainer.world_size
+        if not ranks <= self.calibration.samples <= available:
+            raise ValueError(
+                f"{self.name}: calibration.samples={self.calibration.samples}: there are {available} training samples "
+                f"and {ranks} processes, each of which needs one; set it to {ranks} to {available}"
+            )
+
+    def make(self, inputs: Sequence[Path], context: Context, facts: Mapping[str, Any]) -> None:
+        """Compress, publish. Raises ValueError where there is more than one source."""
+        if len(inputs) != 1:
+            raise ValueError(f"{self.name} compresses one checkpoint, and there are {len(inputs)}")
+        (source,), ranks = inputs, context.ranks
+        # A checkpoint may be published within a validation, whose tensors know no gradients.
+        with torch.inference_mode(False), torch.no_grad():
+            module = ranks.agree(lambda: built(source, context))
+            batches, data = ranks.agree(lambda: self._batches(module, context))
+            walk = walk_over(module, batches, context, self.towers)
+            compressor = copy.copy(self.compressor)
+            masks = ranks.agree(lambda: self._begin(compressor, walk, source))
+            blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
+            results = {}
+            for done in compressed_blocks(walk, compressor, self.layers, done=blocks.find):
+                if not done.reports:  # which was saved
+                    results |= done.results
+                    continue
+                kept = {name: masked(name, each, masks.get(name), compressor) for name, each in done.results.items()}
+                done.results.update(kept)
+                blocks.save(done)
+                results |= kept
+            with module.bank.use(None):
+                module.backbone.refresh()
+        figures = {"data": data, "papers": papers_of(compressor)} if data else {"papers": papers_of(compressor)}
+        facts = {**facts, **figures}
+        ranks.agree(
+            lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
+        )
+        blocks.remove()
+
+    def _begin(self, compressor: Compressor, walk: LayerWalk, source: Path) -> dict[str, Tensor]:
+        weights = matrices(walk, self.layers)
+        masks = self.prepare(compressor, weights, source)
+        compressor.begin(weights)
+        return masks
+
+    def _batches(self, module: AdaptedModule, context: Context) -> tuple[list[Inputs], dict[str, Any]]:
+        """Inputs of this process's share of the samples, and what the samples are."""
+        if self.calibration is None:
+            return [], {}
+        loader = context.calibration(self.calibration.samples, self.calibration.seed)
+        samples = loader.dataset.samples
+        batches = [counted_inputs(module, batch) for batch in loader if int(batch["counted"].sum())]
+        if not batches:
+            raise ValueError(f"{len(samples)} samples leave none for one of the processes: set calibration.samples up")
+        data = {
+            "samples": len(samples),
+            "domains": sorted({sample.domain for sample in samples}),
+            "data": digest_of_json([[sample.domain, sample.id, sample.question] for sample in samples]),
+            "batch": loader.batch_sampler.global_batch_size,
+        }
+        return batches, data
+
+    def _about(self, facts: Mapping[str, Any], data: Mapping[str, Any], context: Context) -> dict[str, Any]:
+        """All that the result depends on to the bit."""
+        where = {"ranks": context.ranks.size, "device": torch.device(context.device).type}
+        return {MADE_FROM: facts[MADE_FROM], "data": data, **where}
+
+    def _publish(
+        self,
+        source: Path,
+        module: AdaptedModule,
+        results: Mapping[str, Compressed],
+        reports: Mapping[str, LayerReport],
+        out: Path,
+        facts: Mapping[str, Any],
+    ) -> None:
+        manifest = read_manifest(source)
+        digest = module.backbone.fingerprint
+        tensors, compressed = whole_state(module, results, source, manifest)
+        before = [each for each in manifest.facts.get(LAYERS, []) if each["name"] not in reports]
+        before = [LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in before]
+        layers = [*before, *reports.values()]
+        documents = documents_of(source)
+        state = documents["state"]
+        state["state_dict"] = {**state["state_dict"], "order": None}
+        state[MANIFEST_KEY] = {
+            **state[MANIFEST_KEY],
+            "kind": "self-contained",
+            "base": None,
+            BACKBONE_DIGEST: digest,
+        }
+        own = new_manifest(
+            structure={name: value for name, value in manifest.structure.items() if name != SHARDS},
+            parents=[{"path": str(source), "digest": manifest.digest}],
+            settings={
+                **{name: value for name, value in manifest.settings.items() if name not in OF_STEPS},
+                self.verb: described(self.compressor),
+            },
+            facts={
+                **{name: value for name, value in manifest.facts.items() if name not in OF_SOURCE},
+                **facts,
+                BACKBONE_DIGEST: digest,
+                COMPRESSED: compressed,
+                LAYERS: [report.data() for report in layers],
+                "totals": totals(layers),
+            },
+        )
+        write_checkpoint(
+            out,
+            own,
+            *encode({"weights": tensors}, documents),
+            describe=lambda _, complete: {CARD_NAME: card(complete, out.name).encode()},
+        )
+        figures = ", ".join(f"{name} {value:.3g}" for name, value in totals(list(reports.values())).items())
+        rank_zero_info(f"{out.name}: {len(reports)} layers, {figures}")
+
+
+def blocks_folder(artefact: Path) -> Path:
+    """Where the blocks of ``artefact`` lie while it is made."""
+    return artefact.with_name(f"{artefact.name}-blocks")
+
+
+def require_backbone(module: Any, name: str) -> None:
+    """Raise ValueError where there is nothing to compress."""
+    if not (isinstance(module, AdaptedModule) and isinstance(module, Calibrated)):
+        raise ValueError(
+            f"{name}: {type(module).__name__} has no frozen backbone with blocks: compress a module with adapters, as "
+            "VideoQA, or another library's model by `fulgurite prune` and `fulgurite quantize`"
+        )
+
+
+def built(source: Path, context: Context) -> AdaptedModule:
+    """The second module of a checkpoint, where it shall lie. Memory: a whole model per process."""
+    module = context.build(source).to(context.device)
+    require_backbone(module, str(source))
+    module.self_contained = True
+    return module.eval()
+
+
+def walk_over(
+    module: AdaptedModule, batches: Sequence[Inputs], context: Context, towers: Sequence[str] | None
+) -> LayerWalk:
+    """A walk over the blocks of the module's backbone, with its live adapters."""
+    device = context.device
+
+    def moved(inputs: Inputs) -> Inputs:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+    def masks(inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
+        found = masks_by_layer(module, [BACKBONE + name for name in names], moved(inputs))
+        return {name.removeprefix(BACKBONE): mask for name, mask in found.items()}
+
+    def forward(inputs: Inputs) -> Tensor:
+        return module.answer_logits(moved(inputs))
+
+    return LayerWalk(module.backbone, module.backbone.spec, batches, forward, masks, context.ranks, towers=towers)
+
+
+def masked(name: str, result: Compressed, mask: Tensor | None, compressor: Compressed) -> Compressed:
+    """``result`` with the mask of an earlier pruning.
+
+    Raises:
+        ValueError: weights that were pruned are not 0.
+    """
+    if mask is None:
+        return result
+    if result.weight[~mask].any():
+        raise ValueError(f"{name}: {type(compressor).__name__} gave weights that were pruned other values than 0")
+    return Compressed(result.weight, result.quantized, mask, result.loss, result.damping)
+
+
+def source_masks(source: Path) -> dict[str, Tensor]:
+    """Masks (out, in) of what was pruned in a checkpoint, by name of the layer in the backbone."""
+    facts = read_manifest(source).facts.get(COMPRESSED, {})
+    names = [f"{name}.mask" for name in facts if f"{name}.mask" in read_manifest(source).tensors["weights.safetensors"]]
+    masks = masks_of(load_tensors(source, names=names), facts) if names else {}
+    return {layer_of(name): mask for name, mask in masks.items()}
+
+
+def layer_of(tensor: str) -> str:
+    """Name in the backbone of the layer whose weight is ``tensor`` in the module."""
+    return tensor.removeprefix(BACKBONE).removesuffix(".weight")
+
+
+def whole_state(
+    module: AdaptedModule, results: Mapping[str, Compressed], source: Path, manifest: Manifest
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a compressed module as they are stored, and the facts of the compressed ones.
+
+    What was compressed in the source and is none of ``results`` stays as it was stored there.
+    """
+    tensors = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+    new = {f"{BACKBONE}{layer}.weight": (layer, result) for layer, result in results.items()}
+    before = {name: about for name, about in manifest.facts.get(COMPRESSED, {}).items() if name not in new}
+    parts = [n for n in manifest.tensors["weights.safetensors"] if n.rpartition(".")[0] in before]
+    compressed = dict(before)
+    for name, about in before.items():
+        if about["bits"] is not None:
+            del tensors[name]
+    tensors |= load_tensors(source, names=parts) if parts else {}
+    for name, (layer, result) in new.items():
+        transposed = input_width(module.backbone.get_submodule(layer))[1]
+        own, facts = stored(name, result, transposed)
+        if facts:
+            del tensors[name]
+            tensors |= own
+            compressed[name] = facts
+    return tensors, compressed
