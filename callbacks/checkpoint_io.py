@@ -23,7 +23,7 @@ from fulgurite.checkpoints import (
 )
 from fulgurite.checkpoints.shards import Stored
 from fulgurite.checkpoints.store import sharded_tensors
-from fulgurite.methods.quantization.storage import load_dense
+from fulgurite.methods.quantization.storage import COMPRESSED, dense
 
 MANIFEST_KEY = "fulgurite"
 METRICS_KEY = "fulgurite_metrics"
@@ -79,7 +79,7 @@ class DigestCheckpointIO(CheckpointIO):
                 plain = (name for name in manifest.tensors["weights.safetensors"])
                 weights = {**load_tensors(path, "weights", plain), **{name: Stored(slices, name) for name in slices}}
             else:
-                weights = load_dense(path)
+                weights = dense(load_tensors(path, "weights"), manifest.facts.get(COMPRESSED, {}))
         try:
             checkpoint["state_dict"] = _put_tensors(checkpoint["state_dict"], weights)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

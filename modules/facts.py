@@ -80,7 +80,7 @@ def describe_difference(old: DataInfo, new: DataInfo, old_stages: Sequence[Stage
 def require_same_tensors(
     model: Mapping[str, Tensor], file: Mapping[str, Tensor], listed: int = 12, option: str = "adapters"
 ) -> None:
-    """Raise `MismatchError` with all tensors that are missing, unknown, or of another shape; ``option`` is to change."""
+    """Raise `MismatchError` with all that is missing, unknown, or of another shape. ``option`` is to change."""
     wrong = [f"  {n}  not in the file" for n in model if n not in file]
     wrong += [f"  {n}  not in this model" for n in file if n not in model]
     wrong += [
