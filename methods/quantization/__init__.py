@@ -1,9 +1,11 @@
 """Weights in a few bits: grids, rounding to them, GPTQ, rotations, importance, and the layouts of integers."""
 
 __all__ = [
+    "attention_calls",
     "attention_mass",
     "base",
     "bit_allocation",
+    "bit_budget",
     "gptq",
     "grid",
     "hadamard",
@@ -12,8 +14,10 @@ __all__ = [
     "packing",
     "quantized_weight",
     "rotation",
+    "rsq",
     "rtn",
     "storage",
+    "tacq",
     "task_circuit",
     "token_importance",
 ]

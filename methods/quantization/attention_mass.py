@@ -21,6 +21,7 @@ def attention_mass(
     scale: float | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """a (B, T), float32 or wider. Holds three times 2^21 numbers, or those of one query of all heads.
 
@@ -30,6 +31,8 @@ def attention_mass(
         scale: 1 / sqrt(D) by default.
         mask: (B, T), nonzero for real tokens; padding neither gives nor receives.
         causal: a query sees itself and what lies before it.
+        bias: broadcast to (B, H, T, T), as the product takes it: bool, True where a query sees a key, or numbers that
+            are added to the scores. A query that sees nothing gives nothing.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -41,6 +44,8 @@ def attention_mass(
         raise ValueError(f"mask {tuple(mask.shape)} does not fit {batch} examples of {length} tokens")
     dtype = torch.promote_types(query.dtype, torch.float32)
     groups = key.shape[1]
+    if bias is not None:
+        bias = bias.expand(batch, heads, length, length).unflatten(1, (groups, heads // groups))
     grouped = query.unflatten(1, (groups, heads // groups))
     keys = key[:, :, None].to(dtype).transpose(-1, -2)  # (B, G, 1, D, T)
     real = torch.ones(batch, length, dtype=torch.bool, device=query.device) if mask is None else mask != 0
@@ -55,6 +60,10 @@ def attention_mass(
         if causal:
             allowed = allowed & (places[:seen] <= places[start:stop, None])
         scores.masked_fill_(~allowed[:, None, None], -torch.inf)
-        shares = scores.softmax(-1).sum((1, 2))  # (B, queries, keys); NaN in rows of padding
+        if bias is not None:
+            part = bias[..., start:stop, :seen]
+            scores = scores.masked_fill_(~part, -torch.inf) if bias.dtype == torch.bool else scores.add_(part)
+        blind = scores.amax(-1, keepdim=True) == -torch.inf  # their shares are NaN
+        shares = scores.softmax(-1).masked_fill_(blind, 0).sum((1, 2))  # (B, queries, keys)
         mass[:, :seen] += shares.masked_fill_(~real[:, start:stop, None], 0).sum(1)
     return mass

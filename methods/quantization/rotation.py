@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from fulgurite.methods.quantization.norm_fusing import fuse_norms, matrix_of, re
 from fulgurite.methods.structure import Attention, ModelSpec, any_sites
 
 Heads = Literal["none", "merged", "online"]
+Residual = Literal["hadamard", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def rotate(
     model: nn.Module,
     spec: ModelSpec,
     seed: int = 0,
-    residual: Literal["hadamard", "gaussian"] = "hadamard",
+    residual: Residual = "hadamard",
     heads: Heads = "online",
     feed_forward: bool = True,
     fallback: Fallback = "error",
@@ -214,3 +215,49 @@ def install_online(model: nn.Module, record: RotationRecord) -> list[RemovableHa
             raise ValueError(f"{name} rotates its input already")
         handles.append(module.register_forward_pre_hook(RotateInput(rotation)))
     return handles
+
+
+class Rotate:
+    """Rotates a model before it is quantized; the options of `rotate`.
+
+    Args:
+        residual: Q of the residual stream: a randomised Hadamard matrix, or that of Gaussian numbers.
+        heads: ``none``; ``merged``, within heads, without work at run time; ``online``, across heads too.
+        feed_forward: rotate the hidden units, at run time.
+        seed: of signs or Gaussian numbers.
+        fallback: what to do where no Hadamard matrix fits: ``error``, ``blocks`` of the largest power of 2, or
+            ``gaussian``.
+        centre_all_embeddings: see `fuse_norms`.
+    """
+
+    def __init__(
+        self,
+        residual: Residual = "hadamard",
+        heads: Heads = "online",
+        feed_forward: bool = True,
+        seed: int = 0,
+        fallback: Fallback = "error",
+        centre_all_embeddings: bool = False,
+    ) -> None:
+        for name, value, allowed in (
+            ("residual", residual, get_args(Residual)),
+            ("heads", heads, get_args(Heads)),
+            ("fallback", fallback, get_args(Fallback)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        self.residual, self.heads, self.feed_forward, self.seed = residual, heads, feed_forward, seed
+        self.fallback, self.centre_all_embeddings = fallback, centre_all_embeddings
+
+    def apply(self, model: nn.Module, spec: ModelSpec) -> RotationRecord:
+        """Rotate ``model`` in place; see `rotate`. Every rank does the same to its own copy."""
+        return rotate(
+            model,
+            spec,
+            self.seed,
+            self.residual,
+            self.heads,
+            self.feed_forward,
+            self.fallback,
+            self.centre_all_embeddings,
+        )
