@@ -35,6 +35,7 @@ from fulgurite.checkpoints import (
 )
 from fulgurite.checkpoints.card import CARD_NAME, card
 from fulgurite.checkpoints.runs import readable_checkpoints
+from fulgurite.checkpoints.shards import SHARDS
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.methods.adapters.bank import LIVE
 from fulgurite.methods.merging.base import Merger
@@ -43,7 +44,7 @@ from fulgurite.methods.merging.files import prepare
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
 from fulgurite.methods.merging.writing import carry_out
-from fulgurite.modules.adapted import INITIAL, AdaptedModule
+from fulgurite.modules.adapted import BACKBONE_DIGEST, INITIAL, AdaptedModule
 from fulgurite.samples import Stage
 
 SETS = "bank.sets."
@@ -91,7 +92,7 @@ class Checkpoints:
 class MergeAtCheckpoint(Step):
     """Merges what a run has trained so far into one checkpoint of the same class and structure.
 
-    Of a delta over a frozen backbone the adapter sets are merged, on rank 0 and in memory. The result is in the live
+    Over a frozen backbone the adapter sets are merged, on rank 0 and in memory. The result is in the live
     set, in that of the present stage and, for ``stages`` and ``stream``, in those of all trained stages, so that the
     artefact answers alike in every mode; routers and all else are those of the newest source. Of self-contained
     checkpoints all weights are merged, as `merge_files` does, by all ranks.
@@ -281,7 +282,7 @@ class MergeAtCheckpoint(Step):
             experts = self._experts(inputs, manifest)
             merger, data = measure_experts(merger, experts, self.calibration, context)
             facts = {**facts, "statistics": data}
-        if manifest.kind == "delta":
+        if holds_sets(manifest):
             ranks.agree(lambda: self._merge_sets(inputs, out, facts, merger) if ranks.rank == 0 else None)
             return
         ranks.agree(lambda: remove(out) if ranks.rank == 0 else None)
@@ -299,7 +300,7 @@ class MergeAtCheckpoint(Step):
             return [
                 Expert(stage["name"], inputs[-1], name, tuple(stage["domains"])) for stage, name in zip(stages, sets)
             ]
-        adapters = LIVE if manifest.kind == "delta" else None
+        adapters = LIVE if holds_sets(manifest) else None
         return [Expert(path.name, path, adapters, own_domains(path)) for path in inputs[self.num_before :]]
 
     def _merge_sets(self, inputs: Sequence[Path], out: Path, facts: Mapping[str, Any], merger: Merger) -> None:
@@ -330,7 +331,7 @@ class MergeAtCheckpoint(Step):
         merged_manifest = new_manifest(
             kind=manifest.kind,
             base=manifest.base,
-            structure=manifest.structure,
+            structure={name: value for name, value in manifest.structure.items() if name != SHARDS},
             parents=[{"path": str(path), "digest": read_manifest(path).digest} for path in inputs],
             settings={**manifest.settings, "merger": type(merger).__name__, "weights": weights},
             facts={**manifest.facts, **facts, "change": changes(merged, base)},
@@ -354,6 +355,11 @@ def adapter_set(tensors: Mapping[str, Tensor], name: str, where: Path) -> State:
     if not found:
         raise MismatchError(f"{where} has no adapter set {name!r}")
     return found
+
+
+def holds_sets(manifest: Manifest) -> bool:
+    """Whether what has been trained are adapter sets, over a frozen backbone that the checkpoint may hold too."""
+    return manifest.kind == "delta" or BACKBONE_DIGEST in manifest.facts
 
 
 def changes(merged: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:

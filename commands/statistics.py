@@ -59,6 +59,7 @@ def parser_of() -> jsonargparse.ArgumentParser:
 def measure(options: Any, allow: tuple[str, ...]) -> int:
     """Do it, and say what lies where."""
     from fulgurite.callbacks import merge_statistics as boundary
+    from fulgurite.callbacks.merge_step import holds_sets
     from fulgurite.callbacks.steps import Context
     from fulgurite.checkpoints import read_manifest
     from fulgurite.checkpoints.foreign import require_new
@@ -72,7 +73,7 @@ def measure(options: Any, allow: tuple[str, ...]) -> int:
     path = checkpoint_at(options.source, "statistics")
     calibration = boundary.Calibration(options.samples, options.seed, options.max_exact, options.draws)
     manifest = read_manifest(path)
-    adapters = (options.set or LIVE) if manifest.kind == "delta" else None
+    adapters = (options.set or LIVE) if holds_sets(manifest) else None
     if options.set is not None and adapters is None:
         raise ConfigError(f"--set {options.set}: {path} holds a whole model and no adapter sets; leave it out")
     context = Context(out, builder=lambda folder: load(folder, allow), device=device_named(options.device))

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulgurite.checkpoints import Manifest
+from fulgurite.checkpoints import Manifest, RefusedError
 from fulgurite.checkpoints.companions import Changes, Layout, config_of, layout_of, num_bytes
 from fulgurite.checkpoints.foreign import require_space
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.plan import PIECE, Plan
+from fulgurite.methods.quantization.storage import COMPRESSED
 
 BUDGET = 96 * 2**20  # bytes that pieces may take on all threads together
 SMALLEST = 2**12  # entries of a piece at least
@@ -115,8 +116,13 @@ def job_of(
 
     Raises:
         ValueError: no thread.
-        CheckpointError: the configuration cannot say it, or the disk is too small.
+        CheckpointError: a source is pruned or quantized, the configuration cannot say it, or the disk is too small.
     """
+    for source in sources:
+        if source.manifest is not None and source.manifest.facts.get(COMPRESSED):
+            raise RefusedError(
+                f"{source.path} is pruned or quantized, which a merge would undo: compress after merging"
+            )
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads}: give at least 1, or leave it out")
     # The experts' modules are rebuilt in one way, or they could not be merged; slices are whole now.

@@ -11,6 +11,7 @@ import torch
 
 import fulgurite
 from fulgurite.callbacks.compress_step import CalibrationSamples, blocks_folder
+from fulgurite.callbacks.merge_step import MergeAtCheckpoint
 from fulgurite.callbacks.prune_step import PruneAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
@@ -18,6 +19,7 @@ from fulgurite.callbacks.steps import Context
 from fulgurite.checkpoints import MismatchError, load_document, load_tensors, read_manifest, verify
 from fulgurite.cli import main
 from fulgurite.commands.statistics import data_of
+from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.methods.pruning.magnitude import Magnitude, matrix_mask
 from fulgurite.methods.pruning.wanda import Wanda
 from fulgurite.methods.quantization.gptq import Gptq
@@ -369,3 +371,18 @@ def test_what_cannot_work_is_refused(parts, stream_config, tmp_path, capfd):
     argv = ("--config", str(stream_config), "--config", str(tmp_path / "chain.yaml"), "--run", str(tmp_path / "run"))
     assert main(["fit", *argv]) == 2
     assert "there are 60 training samples and 1 processes" in capfd.readouterr().err
+
+
+def test_what_is_compressed_is_not_merged_by_files_and_its_sets_are(run, tmp_path, capfd):
+    path = artefact(run, "quantized")
+    argv = ("--out", str(tmp_path / "no"), "--merger", "Average")
+    assert main(["merge", "--sources", f"[{path}, {path}]", *argv]) == 2
+    assert "is pruned or quantized, which a merge would undo" in capfd.readouterr().err
+    # Trained over a compressed backbone are adapter sets, and merged as such.
+    out = MergeAtCheckpoint(TaskArithmetic(0.0))([path], Context(tmp_path / "merged"))
+    before, after = load_dense(path), load_dense(out)
+    sets = [name for name in before if name.startswith("bank.sets.red.")]
+    assert all(torch.equal(after[name], before[name.replace(".red.", ".initial.")]) for name in sets)
+    rest = [name for name in before if not name.startswith("bank.sets.")]
+    assert equal({name: before[name] for name in rest}, {name: after[name] for name in rest})
+    assert torch.equal(fulgurite.load(out).backbone.answer_embeddings, fulgurite.load(path).backbone.answer_embeddings)

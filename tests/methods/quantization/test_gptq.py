@@ -262,3 +262,26 @@ def test_bad_input_is_one_error():
             gptq(weight, gram, **options)
     with pytest.raises(ValueError, match="29 columns"):
         gptq(weight, gram[:5, :5], 4)
+
+
+@pytest.mark.parametrize("order", ["none", "activation"])
+@pytest.mark.parametrize("groups", ["fresh", "static"])
+def test_pruned_weights_stay_zero_and_the_others_make_up_for_it(order, groups):
+    source = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 48, generator=source)
+    x = torch.randn(200, 48, generator=source) @ torch.randn(48, 48, generator=source)
+    gram, pruned = x.T @ x, torch.rand(24, 48, generator=source) < 0.5
+    weight = weight.masked_fill(pruned, 0)
+    settings = {"bits": 3, "group_size": 16, "order": order, "groups": groups}
+    result = gptq(weight, gram, **settings, pruned=pruned)
+    assert not result.weight[pruned].any()
+
+    def error(found):
+        return (x @ (found - weight).T).square().sum()
+
+    plain = gptq(weight, gram, **settings)
+    assert plain.weight[pruned].any()
+    assert error(result.weight) < error(plain.weight.masked_fill(pruned, 0))
+    assert torch.equal(gptq(weight, gram, **settings, pruned=torch.zeros_like(pruned)).weight, plain.weight)
+    kept = torch.ones_like(pruned)
+    assert torch.equal(gptq(weight, gram, **settings, kept=kept, pruned=pruned).quantized.kept, ~pruned)
