@@ -6,6 +6,7 @@ __all__ = [
     "block_importance",
     "ecoflap",
     "global_schedule",
+    "gradual",
     "iterative",
     "magnitude",
     "n_m",
