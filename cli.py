@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
     "statistics": ("fulgurite.commands.statistics", "measure what RegMean and Fisher weigh a model by"),
     "merge": ("fulgurite.commands.merge", "make one model of several that lie in files"),
+    "prune": ("fulgurite.commands.prune", "set weights of a model to zero, without training"),
+    "quantize": ("fulgurite.commands.quantize", "put weights of a model on grids of a few bits"),
     "export": ("fulgurite.commands.export", "write a run or artefact as a model of another library"),
     "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, adapters, stores"),
     "inspect": ("fulgurite.commands.inspection", "print what runs and checkpoints hold, and where they came from"),

@@ -151,6 +151,7 @@ def write_model(
     architecture: str | None = None,
     tokenizer: Any = None,
     max_shard_size: str | int = "50GB",
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fill ``folder`` as the library's own saving does, with the tokenizer and processor files that lie in ``like``.
 
@@ -162,12 +163,15 @@ def write_model(
         architecture: the library's name of the model, where there is no such folder.
         tokenizer: of transformers; written where ``like`` is not given.
         max_shard_size: of one file, for transformers.
+        tensors: what is written in the place of the model's own, for transformers.
     """
     if library == "hf":
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(
+            folder, max_shard_size=max_shard_size, state_dict=None if tensors is None else dict(tensors)
+        )
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     else:

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fulgurite.backbones import reload
-from fulgurite.backbones.reload import Comparison
+from fulgurite.backbones.reload import Comparison, Stored
 from fulgurite.checkpoints import MismatchError
 
 TOLERANCE = 1e-4  # relative; float32 kernels of another process round alike up to a few 1e-6
@@ -27,6 +27,7 @@ def compare_fresh(
     expected: Mapping[str, Tensor],
     model_class: str = "",
     base: str = "",
+    stored: Stored = "dense",
 ) -> Comparison:
     """What a new process finds that loads ``folder`` with ``library``, on the CPU and without network.
 
@@ -37,11 +38,12 @@ def compare_fresh(
         expected: its outputs.
         model_class: of transformers.
         base: model under peft's adapters.
+        stored: how the weights lie in the folder.
 
     Raises:
         MismatchError: the library cannot load the folder; the text ends with what it says.
     """
-    request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
+    request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base, "stored": stored}
     tensors = {f"input.{n}": t.contiguous() for n, t in inputs.items()}
     tensors |= {f"output.{n}": t.contiguous() for n, t in expected.items()}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -16,10 +16,12 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+Stored = Literal["dense", "compressed-tensors", "own"]
 
 TEXT = "two dogs run over the green grass"  # what tokenizers are compared on
 
@@ -93,7 +95,9 @@ def digests(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def load(library: str, folder: str, model_class: str = "", base: str = "") -> tuple[nn.Module, list[str], list[str]]:
+def load(
+    library: str, folder: str, model_class: str = "", base: str = "", stored: Stored = "dense"
+) -> tuple[nn.Module, list[str], list[str]]:
     """The model of a folder in float32 and evaluation mode, the names that it lacks, and those that it has no use for.
 
     Args:
@@ -101,7 +105,12 @@ def load(library: str, folder: str, model_class: str = "", base: str = "") -> tu
         folder: what was exported.
         model_class: of transformers.
         base: model that peft's adapters stand on.
+        stored: how its weights lie in the folder.
     """
+    if stored == "own":
+        from fulgurite.backbones.compressed_models import load_model
+
+        return load_model(folder).float(), [], []
     if library == "timm":
         import timm
 
@@ -113,6 +122,8 @@ def load(library: str, folder: str, model_class: str = "", base: str = "") -> tu
     import transformers
 
     cls = getattr(transformers, model_class)
+    if stored == "compressed-tensors":
+        return load_compressed(cls, folder)
     model, info = cls.from_pretrained(base or folder, dtype=torch.float32, output_loading_info=True)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if library == "peft":
@@ -124,6 +135,17 @@ def load(library: str, folder: str, model_class: str = "", base: str = "") -> tu
             stored, own = set(file.keys()), set(get_peft_model_state_dict(model))
         missing, unexpected = sorted(own - stored), sorted(stored - own)
     return model.float().eval(), missing, unexpected
+
+
+def load_compressed(cls: Any, folder: str) -> tuple[nn.Module, list[str], list[str]]:
+    """`load` of a folder that transformers reads by compressed-tensors: rounded to its own type, then float32."""
+    model, info = cls.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        for name in ("weight_scale", "weight_shape"):
+            module._parameters.pop(name, None)
+    nn.Module.float(model)  # transformers refuses its own for what was quantized
+    return model.eval(), sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
 
 
 def tokens_of(folder: str) -> list[int] | None:
@@ -139,11 +161,12 @@ def compare(request: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Compar
     """Load a folder and compare its model with what was expected.
 
     Args:
-        request: ``library``, ``folder``, ``model_class`` and ``base``, the arguments of `load`.
+        request: ``library``, ``folder``, ``model_class``, ``base`` and ``stored``, the arguments of `load`.
         tensors: ``input.<name>`` and ``output.<name>``.
     """
     library, folder = request["library"], request["folder"]
-    model, missing, unexpected = load(library, folder, request["model_class"], request["base"])
+    how = (request["model_class"], request["base"], request["stored"])
+    model, missing, unexpected = load(library, folder, *how)
     inputs = {n.removeprefix("input."): t for n, t in tensors.items() if n.startswith("input.")}
     expected = {n.removeprefix("output."): t for n, t in tensors.items() if n.startswith("output.")}
     found, nothing = outputs(library, model, inputs), torch.zeros(0)

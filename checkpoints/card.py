@@ -23,6 +23,7 @@ LOADERS = {
     "transformers": ("from transformers import AutoModel", "model = AutoModel.from_pretrained({})", ""),
     "timm": ("import timm", "model = timm.create_model({}, pretrained=True)", "local-dir:"),
     "open_clip": ("import open_clip", "model, _, preprocess = open_clip.create_model_and_transforms({})", "local-dir:"),
+    "fulgurite": ("import fulgurite", "model = fulgurite.load_model({})", ""),
 }
 SHOWN = 12  # tensors with the largest change
 CACHED = re.compile(r"(?:^|/)models--(?:([\w.-]+?)--)?([\w.-]+?)/snapshots/", re.ASCII)

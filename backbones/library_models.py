@@ -1,0 +1,131 @@
+"""A library's model out of its files, with what compression asks of it: where its blocks are, and how text runs in it.
+
+B windows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fulgurite.backbones.foreign_models import CONFIG, library_of, model_of, read_config
+from fulgurite.backbones.language_specs import language_spec
+from fulgurite.checkpoints import MissingError, RefusedError
+from fulgurite.checkpoints.sources import Source
+from fulgurite.checkpoints.tensorfile import map_file
+from fulgurite.methods.quantization.storage import COMPRESSED, masks_of
+from fulgurite.methods.structure import ModelSpec
+
+MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
+
+
+@dataclass
+class LibraryModel:
+    """One model, in evaluation mode.
+
+    Args:
+        library: ``hf``, ``timm`` or ``open_clip``.
+        model: itself.
+        spec: where its blocks are.
+        folder: with its configuration, tokenizer and processor.
+        masks: (out, in) bool, by name of the layer, of what was pruned before.
+    """
+
+    library: str
+    model: Any
+    spec: ModelSpec
+    folder: Path
+    masks: dict[str, Tensor]
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it reads text and gives logits over its vocabulary."""
+        return self.library == "hf" and self.model.can_generate()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text by the folder's own tokenizer.
+
+        Raises:
+            MissingError: it has none.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise MissingError(f"{self.folder} has no tokenizer that transformers loads: {error}") from error
+        return list(tokenizer(text, verbose=False)["input_ids"])
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that a window may have; None where the configuration names no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def text_inputs(self, windows: Tensor) -> dict[str, Tensor]:
+        """Arguments of a forward pass on windows (B, S).
+
+        Of a sequence-to-sequence model the first half of a window is read and the second one answered.
+        """
+        if not self.model.config.is_encoder_decoder:
+            return {"input_ids": windows}
+        half = windows.shape[1] // 2
+        return {"input_ids": windows[:, :half], "labels": windows[:, half:]}
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """What the model gives, on its own device, without a cache."""
+        device = next(self.model.parameters()).device
+        return self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+
+    def scored(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V), and the tokens (B, T) that they should have predicted."""
+        inputs = self.text_inputs(windows)
+        logits = self.forward(inputs).logits
+        if "labels" in inputs:
+            return logits, inputs["labels"].to(logits.device)
+        return logits[:, :-1], windows[:, 1:].to(logits.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors on the CPU, one that is tied under its first name alone."""
+        own = {name: tensor.cpu() for name, tensor in self.model.state_dict().items()}
+        if self.library != "hf":
+            return own
+        first = {name for name, _ in self.model.named_parameters()}
+        tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - first
+        return {name: tensor for name, tensor in own.items() if name not in tied}
+
+
+def open_library_model(source: Source, like: Path | None = None) -> LibraryModel:
+    """The model of a folder, or of a file with ``like``, the folder of its configuration.
+
+    Raises:
+        RefusedError: it is quantized already.
+        MissingError: nothing says how it is built.
+        ValueError: nothing is known of its structure.
+    """
+    folder = like or source.path
+    library = library_of(folder) if folder.is_dir() else None
+    if library is None:
+        raise MissingError(
+            f"{folder}: no config.json or open_clip_config.json of a known library lies there: name a model folder, or "
+            "give --like FOLDER, which holds the configuration"
+        )
+    facts = {} if source.manifest is None else source.manifest.facts.get(COMPRESSED, {})
+    config = read_config(folder / CONFIG) if library == "hf" else {}
+    if "quantization_config" in config or any(about["bits"] is not None for about in facts.values()):
+        raise RefusedError(f"{source.path} is quantized already: take the model that it was made from")
+    model = model_of(library, source.tensors, folder, None)
+    if library != "hf":
+        raise ValueError(f"nothing is known of the structure of {library}'s {type(model).__name__}")
+    masks = masks_of(map_file(source.path / MASKS), facts) if facts else {}
+    by_layer = {name.removesuffix(".weight"): mask for name, mask in masks.items()}
+    return LibraryModel(library, model, language_spec(model), folder, by_layer)
+
+
+def other_linears(model: nn.Module, layers: Sequence[str]) -> list[str]:
+    """Names of the linear layers that are none of ``layers``."""
+    chosen = set(layers)
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in chosen]

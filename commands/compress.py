@@ -1,0 +1,164 @@
+"""What ``prune`` and ``quantize`` share: their options, and which of two kinds of models they are given.
+
+A model of another library lies in files and is calibrated with text (`compress_model`). A checkpoint of a run is
+calibrated with its run's own training data, and becomes what the step of the same name makes of it within a fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from fulgurite.commands.building import Building, build
+from fulgurite.commands.errors import DONE, ConfigError
+from fulgurite.commands.explain import explain
+from fulgurite.commands.imports import PARSER_MODE, imports_allowed
+from fulgurite.commands.invocation import Invocation
+from fulgurite.commands.names import import_named
+from fulgurite.commands.options import with_flags
+
+FLAGS = ("--dry_run", "--report")
+SAMPLES = 128
+OF_FILES = ("text", "length", "evaluate", "evaluate_samples", "format", "like", "max_shard_size", "report")
+DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
+
+
+def run(verb: str, argv: list[str], add_method: Callable[[jsonargparse.ArgumentParser], str]) -> int:
+    """Compress, or with ``--dry_run`` say what would be done; returns the exit code.
+
+    Args:
+        verb: ``prune`` or ``quantize``.
+        argv: what follows it.
+        add_method: adds the verb's own options to a parser, and names the one that holds the compressor.
+
+    Raises:
+        ConfigError: an option is wrong, or does not fit the model.
+        CheckpointError, DataError: a file is damaged or missing, or the result cannot be written.
+    """
+    invocation = Invocation.of(verb, with_flags(argv, FLAGS))
+    with imports_allowed(invocation.allow):
+        import_named(invocation.typed, invocation.documents)
+        parser = common_parser(verb)
+        option = add_method(parser)
+        try:
+            options = parser.parse_args(list(invocation.arguments))
+        except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+            raise explain(error, parser, invocation) from error
+        with Building(options, invocation) as building:
+            built = parser.instantiate(options, instantiators=[(building.through(build), object, True)])
+    try:
+        return compress(verb, built[option], options, invocation.allow)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def common_parser(verb: str) -> jsonargparse.ArgumentParser:
+    """Options of both commands."""
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fulgurite {verb}",
+        description=f"{verb.capitalize()} the linear layers in the blocks of a model, block by block. The result is a "
+        "checkpoint folder and a folder of the model's library too, loaded in a fresh process and compared with the "
+        "live model before it is there. A call that was cut short goes on after the last whole block.",
+        exit_on_error=False,
+        parser_mode=PARSER_MODE,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", type=str, help="model folder of another library, or run, checkpoint or artefact")
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
+    parser.add_argument("--layers", type=str | None, default=None, help="full pattern of their names; default: all")
+    parser.add_argument("--towers", type=list[str] | None, default=None, help="whose blocks; default: all")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text, or training samples of a run")
+    parser.add_argument("--seed", type=int, default=0, help="of their choice")
+    texts = list[str] | str | None
+    parser.add_argument("--text", type=texts, default=None, help="files to calibrate with: text, or jsonl with 'text'")
+    parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window of text")
+    parser.add_argument("--evaluate", type=texts, default=None, help="files to measure perplexity on, before and after")
+    parser.add_argument("--evaluate_samples", type=int | None, default=None, help="first windows of it; default: all")
+    parser.add_argument("--like", type=str | None, default=None, help="folder with the configuration of a bare file")
+    parser.add_argument("--max_shard_size", type=str, default=DEFAULT_SHARDS, help="of one file of weights")
+    parser.add_argument("--record", type=str | None, default=None, help="config of a run with its data; default: own")
+    parser.add_argument("--device", type=str, default="auto", help="as cuda:1; auto takes a GPU if any")
+    parser.add_argument("--report", type=bool, default=False, help="add layers.csv: figures of every layer")
+    parser.add_argument("--dry_run", type=bool, default=False, help="say what would be done; write nothing")
+    parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
+    return parser
+
+
+def compress(verb: str, compressor: Any, options: Any, allow: tuple[str, ...]) -> int:
+    """Do it with whatever the model is."""
+    from fulgurite.checkpoints import MANIFEST_NAME, read_manifest
+    from fulgurite.checkpoints.atomic import resolve
+    from fulgurite.checkpoints.foreign import require_new
+    from fulgurite.commands.runs import checkpoint_at, is_run
+
+    out, path = Path(options.out), Path(options.model)
+    if options.samples < 1:
+        raise ConfigError(f"--samples {options.samples}: must be at least 1")
+    if options.evaluate_samples is not None and options.evaluate_samples < 1:
+        raise ConfigError(f"--evaluate_samples {options.evaluate_samples}: must be at least 1")
+    require_new(out)
+    if is_run(path):
+        path = checkpoint_at(options.model, verb)
+    if (resolve(path) / MANIFEST_NAME).is_file() and read_manifest(path).settings.get("model"):
+        return compress_checkpoint(verb, path, compressor, options, allow)
+    from fulgurite.commands import compress_model
+
+    if options.record is not None:
+        raise ConfigError(f"--record {options.record}: {path} is no checkpoint of a run; give --text")
+    job = compress_model.prepared(path, compressor, verb, options)
+    if options.dry_run:
+        return compress_model.preview(job, out)
+    return compress_model.carry_out(job, out, options.report, options.max_shard_size)
+
+
+def compress_checkpoint(verb: str, path: Path, compressor: Any, options: Any, allow: tuple[str, ...]) -> int:
+    """Compress a checkpoint of ours by the step that a fit would take."""
+    from fulgurite.callbacks.compress_step import CalibrationSamples, require_backbone
+    from fulgurite.callbacks.prune_step import PruneAtCheckpoint
+    from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
+    from fulgurite.callbacks.steps import Context
+    from fulgurite.commands.features import device_named
+    from fulgurite.commands.loading import load
+    from fulgurite.commands.statistics import data_of
+
+    refuse_options_of_files(path, options)
+    out = Path(options.out)
+    step_class = {"prune": PruneAtCheckpoint, "quantize": QuantizeAtCheckpoint}[verb]
+    calibration = None if compressor.needs == "nothing" else CalibrationSamples(options.samples, options.seed)
+    step = step_class(compressor, options.layers, options.towers, calibration)
+    module = load(path, allow)
+    require_backbone(module, str(path))
+    data = None if calibration is None else data_of(path, options.record, allow, module)
+    context = Context(out, builder=lambda _: module, data=data, device=device_named(options.device))
+    if options.dry_run:
+        print(f"{out}: {verb} {path} by {type(compressor).__name__}, with {type(data).__name__ if data else 'no data'}")
+        return DONE
+    step([path], context)
+    return show_checkpoint(verb, out)
+
+
+def refuse_options_of_files(path: Path, options: Any) -> None:
+    """Raise ConfigError where an option speaks of another library's model."""
+    defaults = {"length": DEFAULT_LENGTH, "max_shard_size": DEFAULT_SHARDS, "report": False, "format": DEFAULT_FORMAT}
+    given = [name for name in OF_FILES if options.get(name, defaults.get(name)) != defaults.get(name)]
+    if given:
+        raise ConfigError(
+            f"{', '.join(f'--{name}' for name in given)}: {path} is a checkpoint of a run, calibrated with "
+            "its run's own data and evaluated by `fulgurite test --ckpt_path`; leave it out"
+        )
+
+
+def show_checkpoint(verb: str, out: Path) -> int:
+    """Print what has become of the layers of a checkpoint."""
+    from fulgurite.callbacks.compress_step import LAYERS
+    from fulgurite.checkpoints import read_manifest
+    from fulgurite.commands.compress_output import show_layers
+    from fulgurite.methods.compression import LayerReport
+
+    show_layers([LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in read_manifest(out).facts[LAYERS]])
+    print(f"{verb}d: {out}")
+    return DONE
