@@ -24,6 +24,9 @@ class ThreadRanks(Ranks):
         self.barrier.wait(timeout=20)
         return values
 
+    def total(self, tensor):
+        return tensor.copy_(sum(self.gather(tensor)))
+
 
 def run_on_ranks(size, work):
     """``work(ranks)`` on every rank at the same time: results, or exceptions, in order of rank."""
@@ -42,3 +45,30 @@ def run_on_ranks(size, work):
 @pytest.fixture
 def on_ranks():
     return run_on_ranks
+
+
+@pytest.fixture(scope="session")
+def language_models():
+    """(model, spec) of a small Llama and a small T5 by name, in float64. Copy a model before changing it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    from fulgurite.backbones.language_specs import language_spec
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40,
+                hidden_size=8,
+                intermediate_size=16,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                initializer_range=0.2,
+            )
+        )
+        t5 = T5ForConditionalGeneration(
+            T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
+        )
+    return {name: (model.double().eval(), language_spec(model)) for name, model in (("llama", llama), ("t5", t5))}

@@ -18,7 +18,7 @@ from transformers import (
 from fulgurite.backbones.language_specs import language_spec
 from fulgurite.methods.quantization.hadamard import Rotation
 from fulgurite.methods.quantization.norm_fusing import fuse_norms, norm_kind, untie_head
-from fulgurite.methods.quantization.rotation import RotationRecord, install_online, rotate
+from fulgurite.methods.quantization.rotation import Rotate, RotationRecord, install_online, rotate
 from fulgurite.methods.structure import ModelSpec, Tower
 
 IDS = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -123,6 +123,18 @@ def test_what_was_done_is_stored_and_done_again_at_run_time():
     assert torch.equal(logits(fresh), logits(model))
     with pytest.raises(ValueError, match="rotates its input already"):
         install_online(fresh, again)
+
+
+def test_options_are_checked_before_a_model_is_there():
+    one, other = build("llama", False, torch.float64), build("llama", False, torch.float64)
+    options = {"residual": "gaussian", "heads": "merged", "feed_forward": False, "seed": 4}
+    record = Rotate(**options).apply(one, language_spec(one))
+    assert record == rotate(other, language_spec(other), **options)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    for wrong in ({"residual": "random"}, {"heads": "all"}, {"fallback": "none"}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}='{value}': expected one of"):
+            Rotate(**wrong)
 
 
 def test_hooks_that_come_later_see_the_rotated_input():

@@ -46,6 +46,20 @@ def test_attention_mass_is_the_column_sum_of_the_probabilities(causal, masked, m
     assert (found >= 0).all()
 
 
+@pytest.mark.parametrize("added", [True, False])
+def test_what_the_product_adds_to_its_scores_counts_too(added, monkeypatch):
+    monkeypatch.setattr("fulgurite.methods.quantization.attention_mass.PIECE", 3 * 4 * 7 * 2)
+    query, key = draw(3, 4, 7, 5), draw(3, 2, 7, 5, seed=1)
+    bias = draw(3, 1, 7, 7, seed=2)
+    if not added:
+        bias = bias > 0
+        bias[1, 0, 2] = False  # this query sees nothing
+    found = attention_mass(query, key, causal=False, bias=bias)
+    scores = query @ key.repeat_interleave(2, dim=1).mT / 5**0.5
+    scores = scores + bias if added else scores.masked_fill(~bias, -torch.inf)
+    torch.testing.assert_close(found, scores.softmax(-1).nan_to_num(0).sum((1, 2)))
+
+
 def test_attention_sinks_receive_most():
     query, key = draw(1, 2, 30, 8), draw(1, 2, 30, 8, seed=1)
     key[:, :, 0] = 5 * query.mean(2)
