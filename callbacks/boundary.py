@@ -20,11 +20,13 @@ from fulgurite.callbacks.steps import Context, NotReady, Step
 from fulgurite.checkpoints import read_manifest, verify, write_json
 from fulgurite.checkpoints.runs import ARTEFACTS, readable_checkpoints
 from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.methods.compression import LayerReport
 from fulgurite.methods.ranks import ALONE, patient_ranks
 from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.modules.evaluation import Scored, limited, scores_of
 from fulgurite.modules.modes import MODE_NAMES
 from fulgurite.reports.artefacts import artefacts_section, scores_by_mode
+from fulgurite.reports.compression import compression_sections
 from fulgurite.reports.page import Section
 
 SCORES = "scores.json"
@@ -195,15 +197,23 @@ class Boundary(pl.Callback):
                 self._evaluate(trainer, context, step, {"label": label, "step": facts["global_step"]})
 
     def report_sections(self, trainer: pl.Trainer) -> list[Section]:
-        """From the first boundary: one table of all artefacts with scores, beside those of the last test."""
+        """From the first boundary: a table of all artefacts with scores, and what became of compressed layers."""
         boundaries = boundaries_of(trainer)
         if self is not boundaries[0]:
             return []
         names = {(step.kind, step.name) for each in boundaries for step in each.steps}
-        entries = read_scores(Path(trainer.default_root_dir, ARTEFACTS)).values()
-        found = {entry["label"]: entry["scores"] for entry in entries if (entry["kind"], entry["name"]) in names}
+        folder = Path(trainer.default_root_dir, ARTEFACTS)
+        entries = {p: e for p, e in read_scores(folder).items() if (e["kind"], e["name"]) in names}
+        if not entries:
+            return []
+        found = {entry["label"]: entry["scores"] for entry in entries.values()}
         modes = scores_by_mode(trainer.callback_metrics, MODE_NAMES)
-        return [artefacts_section("Artefacts", modes, found, MODE_NAMES)] if found else []
+        sections = [artefacts_section("Artefacts", modes, found, MODE_NAMES)]
+        for path, entry in entries.items():
+            facts = read_manifest(folder / path).facts
+            if layers := [LayerReport.from_data(each) for each in facts.get("layers", [])]:
+                sections += compression_sections(entry["label"], layers, facts.get("importance"))
+        return sections
 
     def _context(self, trainer: pl.Trainer, pl_module: pl.LightningModule, out: Path, path: Path) -> Context:
         data = trainer.datamodule

@@ -90,6 +90,11 @@ class LayerReport:
         """For JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> LayerReport:
+        """What `data` gave."""
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
 
 @dataclass(frozen=True)
 class CompressedBlock:
