@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
+from fulgurite.callbacks.compress_data import CalibrationSamples, Inputs, calibration_batches, loss_of, walk_over
 from fulgurite.callbacks.merge_step import documents_of
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
@@ -29,37 +29,27 @@ from fulgurite.checkpoints.card import CARD_NAME, STEPS, card
 from fulgurite.checkpoints.shards import SHARDS
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.datamodules.base import FulguriteDataModule
-from fulgurite.methods.compression import Compressor, LayerReport, compressed_blocks, matrices, totals
+from fulgurite.methods.calibration import Loss
+from fulgurite.methods.compression import (
+    Compressor,
+    LayerReport,
+    TokenWeights,
+    compressed_blocks,
+    matrices,
+    totals,
+)
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.papers import papers_of
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.quantization.storage import COMPRESSED, masks_of, stored
 from fulgurite.methods.statistics.gram import input_width
 from fulgurite.modules.adapted import BACKBONE, BACKBONE_DIGEST, AdaptedModule
-from fulgurite.modules.calibration import Calibrated, counted_inputs, masks_by_layer
+from fulgurite.modules.compression import Compressible
 
 LAYERS = "layers"
 # What a source's facts and settings say of how the source was made.
-OF_SOURCE = ("change", "statistics", "opcm", "papers", "data", COMPRESSED, LAYERS, "totals")
+OF_SOURCE = ("change", "statistics", "opcm", "papers", "data", "importance", "errors", COMPRESSED, LAYERS, "totals")
 OF_STEPS = ("merger", "weights", *STEPS)
-Inputs = dict[str, Tensor]
-
-
-@dataclass
-class CalibrationSamples:
-    """What the inputs of layers are measured on.
-
-    Args:
-        samples: training samples, drawn without replacement.
-        seed: of the choice.
-    """
-
-    samples: int = 128
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"calibration: samples={self.samples} must be at least 1")
 
 
 class CompressAtCheckpoint(Step):
@@ -76,6 +66,7 @@ class CompressAtCheckpoint(Step):
         calibration: training samples that inputs are measured on, with the live adapters: merge first what is to
             answer for several stages. Of a compressor that needs no inputs, null.
         name: of artefact and figures; that of the compressor's class by default.
+        scored: whether the model is scored as a whole before (`score`).
     """
 
     verb: str
@@ -87,13 +78,14 @@ class CompressAtCheckpoint(Step):
         towers: list[str] | None,
         calibration: CalibrationSamples | None,
         name: str | None,
+        scored: bool = False,
     ) -> None:
         super().__init__(type(compressor).__name__.lower() if name is None else name)
-        if (compressor.needs == "nothing") != (calibration is None):
+        if (compressor.needs == "nothing" and not scored) != (calibration is None):
             raise ValueError(
                 f"{type(compressor).__name__} needs no inputs of layers: leave out calibration"
                 if calibration is not None
-                else f"{type(compressor).__name__} needs inputs of layers: set calibration, e.g. to {{samples: 128}}"
+                else f"{self.name} is measured on data: set calibration, e.g. to {{samples: 128}}"
             )
         self.layers, self.towers, self.calibration = layers, towers, calibration
 
@@ -117,6 +109,25 @@ class CompressAtCheckpoint(Step):
         Raises:
             ValueError: this cannot be compressed further.
         """
+
+    def score(self, compressor: Compressor, walk: LayerWalk, loss: Loss, saved: SavedBlocks) -> dict[str, Any]:
+        """Score the whole model before it is compressed, and tell the compressor. All ranks call it.
+
+        Args:
+            compressor: a copy that may be changed.
+            walk: with the batches.
+            loss: of a batch.
+            saved: keeps what costs time.
+
+        Returns:
+            facts for the manifest.
+        """
+        return {}
+
+    @property
+    def token_weights(self) -> TokenWeights | None:
+        """How much the tokens of a block count; all alike where None."""
+        return None
 
     def check(self, at: str, publisher: PublishedCheckpoint, module: LightningModule) -> None:
         """Refuse a module without a backbone, and more samples than there are.
@@ -151,10 +162,13 @@ class CompressAtCheckpoint(Step):
             batches, data = ranks.agree(lambda: self._batches(module, context))
             walk = walk_over(module, batches, context, self.towers)
             compressor = copy.copy(self.compressor)
-            masks = ranks.agree(lambda: self._begin(compressor, walk, source))
+            weights = ranks.agree(lambda: matrices(walk, self.layers))
+            masks = ranks.agree(lambda: self.prepare(compressor, weights, source))
             blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
+            figures = self.score(compressor, walk, loss_of(module, context), blocks)
+            ranks.agree(lambda: compressor.begin(weights))
             results = {}
-            for done in compressed_blocks(walk, compressor, self.layers, done=blocks.find):
+            for done in compressed_blocks(walk, compressor, self.layers, self.token_weights, blocks.find):
                 if not done.reports:  # which was saved
                     results |= done.results
                     continue
@@ -164,35 +178,17 @@ class CompressAtCheckpoint(Step):
                 results |= kept
             with module.bank.use(None):
                 module.backbone.refresh()
-        figures = {"data": data, "papers": papers_of(compressor)} if data else {"papers": papers_of(compressor)}
-        facts = {**facts, **figures}
+        facts = {**facts, **figures, "papers": papers_of(compressor), **({"data": data} if data else {})}
         ranks.agree(
             lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
         )
         blocks.remove()
 
-    def _begin(self, compressor: Compressor, walk: LayerWalk, source: Path) -> dict[str, Tensor]:
-        weights = matrices(walk, self.layers)
-        masks = self.prepare(compressor, weights, source)
-        compressor.begin(weights)
-        return masks
-
     def _batches(self, module: AdaptedModule, context: Context) -> tuple[list[Inputs], dict[str, Any]]:
-        """Inputs of this process's share of the samples, and what the samples are."""
+        """This process's batches, and what the samples are; none where none are needed."""
         if self.calibration is None:
             return [], {}
-        loader = context.calibration(self.calibration.samples, self.calibration.seed)
-        samples = loader.dataset.samples
-        batches = [counted_inputs(module, batch) for batch in loader if int(batch["counted"].sum())]
-        if not batches:
-            raise ValueError(f"{len(samples)} samples leave none for one of the processes: set calibration.samples up")
-        data = {
-            "samples": len(samples),
-            "domains": sorted({sample.domain for sample in samples}),
-            "data": digest_of_json([[sample.domain, sample.id, sample.question] for sample in samples]),
-            "batch": loader.batch_sampler.global_batch_size,
-        }
-        return batches, data
+        return calibration_batches(module, self.calibration, context)
 
     def _about(self, facts: Mapping[str, Any], data: Mapping[str, Any], context: Context) -> dict[str, Any]:
         """All that the result depends on to the bit."""
@@ -212,7 +208,7 @@ class CompressAtCheckpoint(Step):
         digest = module.backbone.fingerprint
         tensors, compressed = whole_state(module, results, source, manifest)
         before = [each for each in manifest.facts.get(LAYERS, []) if each["name"] not in reports]
-        before = [LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in before]
+        before = [LayerReport.from_data(each) for each in before]
         layers = [*before, *reports.values()]
         documents = documents_of(source)
         state = documents["state"]
@@ -256,7 +252,7 @@ def blocks_folder(artefact: Path) -> Path:
 
 def require_backbone(module: Any, name: str) -> None:
     """Raise ValueError where there is nothing to compress."""
-    if not (isinstance(module, AdaptedModule) and isinstance(module, Calibrated)):
+    if not (isinstance(module, AdaptedModule) and isinstance(module, Compressible)):
         raise ValueError(
             f"{name}: {type(module).__name__} has no frozen backbone with blocks: compress a module with adapters, as "
             "VideoQA, or another library's model by `fulgurite prune` and `fulgurite quantize`"
@@ -269,25 +265,6 @@ def built(source: Path, context: Context) -> AdaptedModule:
     require_backbone(module, str(source))
     module.self_contained = True
     return module.eval()
-
-
-def walk_over(
-    module: AdaptedModule, batches: Sequence[Inputs], context: Context, towers: Sequence[str] | None
-) -> LayerWalk:
-    """A walk over the blocks of the module's backbone, with its live adapters."""
-    device = context.device
-
-    def moved(inputs: Inputs) -> Inputs:
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-
-    def masks(inputs: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
-        found = masks_by_layer(module, [BACKBONE + name for name in names], moved(inputs))
-        return {name.removeprefix(BACKBONE): mask for name, mask in found.items()}
-
-    def forward(inputs: Inputs) -> Tensor:
-        return module.answer_logits(moved(inputs))
-
-    return LayerWalk(module.backbone, module.backbone.spec, batches, forward, masks, context.ranks, towers=towers)
 
 
 def masked(name: str, result: Compressed, mask: Tensor | None, compressor: Compressed) -> Compressed:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fulgurite.callbacks.compress_step import CalibrationSamples, CompressAtCheckpoint, layer_of
+from fulgurite.callbacks.compress_data import CalibrationSamples
+from fulgurite.callbacks.compress_step import CompressAtCheckpoint, layer_of
+from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
+from fulgurite.methods.calibration import Loss
 from fulgurite.methods.compression import Compressor
+from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.base import Pruner
+from fulgurite.methods.pruning.ecoflap import Ecoflap
 from fulgurite.methods.quantization.storage import COMPRESSED
 
 
@@ -22,8 +29,11 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         layers: full pattern of the names of the layers in the backbone, as ``text\\.encoder\\..*\\.dense``; all linear
             layers of its blocks where null.
         towers: names of the backbone's towers whose blocks are pruned; all where null.
-        calibration: training samples that inputs are measured on; null for `Magnitude`.
+        calibration: training samples that inputs are measured on, and the model is scored on; null for `Magnitude`
+            without an allocation.
         name: of artefact and figures; that of the pruner's class by default.
+        allocation: sparsity of every layer by its importance for the loss, with the pruner's as target; all have the
+            pruner's where null.
     """
 
     kind = "pruned"
@@ -36,9 +46,16 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         towers: list[str] | None = None,
         calibration: CalibrationSamples | None = None,
         name: str | None = None,
+        allocation: Ecoflap | None = None,
     ) -> None:
-        super().__init__(pruner, layers, towers, calibration, name)
-        self.pruner = pruner
+        super().__init__(pruner, layers, towers, calibration, name, scored=allocation is not None)
+        if allocation is not None and (pruner.sparsities or getattr(pruner, "scope", "matrix") != "matrix"):
+            raise ValueError("allocation gives every layer its sparsity: leave out the pruner's sparsities and scope")
+        if allocation is not None and pruner.sparsity != allocation.target:
+            raise ValueError(
+                f"allocation.target={allocation.target} and the pruner's sparsity={pruner.sparsity}: give the same"
+            )
+        self.pruner, self.allocation = pruner, allocation
 
     @property
     def compressor(self) -> Compressor:
@@ -55,3 +72,16 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
                 "grids: prune before you quantize, or leave them out of layers"
             )
         return {}
+
+    def score(self, compressor: Compressor, walk: LayerWalk, loss: Loss, saved: SavedBlocks) -> dict[str, Any]:
+        """Allocate sparsities, where that is wanted."""
+        if self.allocation is None:
+            return {}
+
+        def make() -> dict[str, Tensor]:
+            found = self.allocation.importance(walk, loss, self.layers)
+            return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+
+        importance = {name: value.item() for name, value in saved.once("importance", make).items()}
+        compressor.assign(walk.ranks.agree(lambda: self.allocation.allocate(walk, importance, self.layers)))
+        return {"importance": importance}

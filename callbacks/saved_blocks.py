@@ -6,9 +6,11 @@ for bit. Memory: none; the disk holds the compressed matrices once more while th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from fulgurite.callbacks.merge_statistics import FINGERPRINT, facts_of
 from fulgurite.checkpoints import load_tensors, read_manifest, remove, save_checkpoint_folder, verify
@@ -39,12 +41,13 @@ class SavedBlocks:
     def find(self, block: str) -> dict[str, Compressed] | None:
         """Results by name of the layer, where the block is saved and intact. All ranks call it."""
         path = self.folder / block
-        ranks = self.ranks
+        return self.ranks.agree(lambda: self._read(path)) if self._is_there(path) else None
 
-        def is_there() -> bool:
-            return ranks.rank == 0 and facts_of(path, self.fingerprint) is not None and verify(path).ok
+    def _is_there(self, path: Path) -> bool:
+        def look() -> bool:
+            return self.ranks.rank == 0 and facts_of(path, self.fingerprint) is not None and verify(path).ok
 
-        return ranks.agree(lambda: self._read(path)) if ranks.together(is_there)[0] else None
+        return self.ranks.together(look)[0]
 
     def _read(self, path: Path) -> dict[str, Compressed]:
         facts, tensors = read_manifest(path).facts, load_tensors(path)
@@ -65,6 +68,23 @@ class SavedBlocks:
             REPORTS: [report.data() for report in done.reports.values()],
         }
         save_checkpoint_folder(self.folder / done.block.name, {"weights": tensors}, facts=facts)
+
+    def once(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``make`` gives, from the disk where an earlier run has left it. All ranks call it, and ``make``.
+
+        Args:
+            name: of what it is, unlike that of a block.
+        """
+        path = self.folder / name
+        if self._is_there(path):
+            return self.ranks.agree(lambda: load_tensors(path))
+        made = dict(make())
+
+        def write() -> None:
+            save_checkpoint_folder(path, {"weights": made}, facts={FINGERPRINT: self.fingerprint})
+
+        self.ranks.agree(lambda: write() if self.ranks.rank == 0 else None)
+        return made
 
     def remove(self) -> None:
         """Forget all blocks. All ranks call it."""

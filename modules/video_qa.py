@@ -105,6 +105,10 @@ class VideoQA(AdaptedModule):
         """(B, A) scores with the adapters that are active."""
         return self.backbone(inputs).logits
 
+    def answer_targets(self, batch: Batch) -> Tensor:
+        """(B, A) scores of the right answers; see `Compressible`."""
+        return self.targets(batch).scores
+
     def token_masks(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of the backbone."""
         return {rf"backbone\.{pattern}": mask for pattern, mask in self.backbone.token_masks(inputs).items()}

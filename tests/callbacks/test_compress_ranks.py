@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fulgurite
-from fulgurite.callbacks.compress_step import CalibrationSamples
+from fulgurite.callbacks.compress_data import CalibrationSamples
 from fulgurite.callbacks.prune_step import PruneAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.steps import Context

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fulgurite
-from fulgurite.callbacks.compress_step import CalibrationSamples, blocks_folder
+from fulgurite.callbacks.compress_data import CalibrationSamples
+from fulgurite.callbacks.compress_step import blocks_folder
 from fulgurite.callbacks.merge_step import MergeAtCheckpoint
 from fulgurite.callbacks.prune_step import PruneAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
@@ -352,7 +353,7 @@ def test_parts_are_compressed_one_after_the_other(parts, tmp_path):
 
 
 def test_what_cannot_work_is_refused(parts, stream_config, tmp_path, capfd):
-    with pytest.raises(ValueError, match="Wanda needs inputs of layers: set calibration"):
+    with pytest.raises(ValueError, match="wanda is measured on data: set calibration"):
         PruneAtCheckpoint(Wanda(0.5))
     with pytest.raises(ValueError, match="Rtn needs no inputs of layers: leave out calibration"):
         QuantizeAtCheckpoint(Rtn(), calibration=CalibrationSamples())
