@@ -5,6 +5,7 @@ B windows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from fulgurite.checkpoints.tensorfile import map_file
 from fulgurite.methods.quantization.storage import COMPRESSED, masks_of
 from fulgurite.methods.structure import ModelSpec
 
+VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|.*\.(model|tiktoken)")
 MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
 
 
@@ -54,10 +56,10 @@ class LibraryModel:
         """
         from transformers import AutoTokenizer
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise MissingError(f"{self.folder} has no tokenizer that transformers loads: {error}") from error
+        # Without a file transformers makes a tokenizer that knows no word.
+        if not any(VOCABULARY.fullmatch(path.name) for path in self.folder.iterdir()):
+            raise MissingError(f"{self.folder} has no tokenizer: name a folder with one by --like")
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         return list(tokenizer(text, verbose=False)["input_ids"])
 
     @property
@@ -73,7 +75,7 @@ class LibraryModel:
         if not self.model.config.is_encoder_decoder:
             return {"input_ids": windows}
         half = windows.shape[1] // 2
-        return {"input_ids": windows[:, :half], "labels": windows[:, half:]}
+        return {"input_ids": windows[:, :half], "labels": windows[:, half:].contiguous()}
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
         """What the model gives, on its own device, without a cache."""

@@ -25,6 +25,8 @@ def test_the_commands_are_these():
         "data",
         "statistics",
         "merge",
+        "prune",
+        "quantize",
         "export",
         "verify",
         "inspect",

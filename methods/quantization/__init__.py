@@ -6,6 +6,7 @@ __all__ = [
     "base",
     "bit_allocation",
     "bit_budget",
+    "compressed_tensors",
     "gptq",
     "grid",
     "hadamard",
