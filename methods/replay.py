@@ -24,6 +24,14 @@ import torch
 from torch import Tensor, nn
 
 
+class _Reached(Exception):
+    """The part that matters has run."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
 @dataclass(frozen=True)
 class Asked:
     """One call of a part.
@@ -37,6 +45,11 @@ class Asked:
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     output: Any
     versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arguments: tuple[tuple[Any, ...], dict[str, Any]], output: Any) -> Asked:
+        """A call that has just been made."""
+        return cls(arguments, output, versions_of((arguments, output)))
 
     def holds(self) -> bool:
         """Whether nobody has written to a tensor since."""
@@ -66,8 +79,7 @@ class Replay:
             def run(*args: Any, **kwargs: Any) -> Any:
                 refuse_caches(name, (args, kwargs))
                 output = forward(*args, **kwargs)
-                call = ((args, kwargs), output)
-                self.asked[name].append(Asked((args, kwargs), output, versions_of(call)))
+                self.asked[name].append(Asked.of((args, kwargs), output))
                 return output
 
             return run
@@ -76,11 +88,19 @@ class Replay:
             yield
 
     @contextmanager
-    def without(self, changed: Collection[str]) -> Iterator[None]:
-        """Replay all recorded parts but these."""
+    def without(self, changed: Collection[str], ahead: Mapping[str, Asked] | None = None) -> Iterator[None]:
+        """Replay all recorded parts but these.
+
+        Args:
+            changed: names of parts.
+            ahead: name -> the call that is expected of a part, perhaps a changed one, in the place of the record.
+        """
+        ahead = ahead or {}
+        expected = {name: asked for name, asked in self.asked.items() if name not in changed}
+        expected.update({name: [call] for name, call in ahead.items()})
 
         def replay(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-            places = iter(self.asked[name])
+            places = iter(expected[name])
 
             def run(*args: Any, **kwargs: Any) -> Any:
                 known = next(places, None)
@@ -90,9 +110,28 @@ class Replay:
 
             return run
 
-        replayed = {name: self.parts[name] for name in self.asked if name not in changed}
-        with patched(replayed, replay), torch.no_grad():
+        with patched({name: self.parts[name] for name in expected}, replay), torch.no_grad():
             yield
+
+    def output_of(self, name: str, run: Callable[[], Any]) -> Any:
+        """What a part gives for the first time in ``run``, which goes no further.
+
+        Raises:
+            ValueError: it is not reached.
+        """
+
+        def stop(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+            def last(*args: Any, **kwargs: Any) -> Any:
+                raise _Reached(forward(*args, **kwargs))
+
+            return last
+
+        try:
+            with patched({name: self.parts[name]}, stop):
+                run()
+        except _Reached as reached:
+            return reached.output
+        raise ValueError(f"{name} is not reached")
 
     def forget(self, names: Collection[str]) -> None:
         """Free what is known of these parts."""

@@ -8,9 +8,11 @@ sparsities go to a pruner, which then walks the model:
 
     pruner.assign(Ecoflap(target=0.5).sparsities(walk, loss))
 
-A perturbed matrix changes nothing that lies before it, so that is not computed again: with N blocks in a row, N + 1 of
-2 N block evaluations are left on average, of the perturbed block itself only what follows the matrix, and of towers
-that do not see each other only one. Two more per block and batch record what is replayed (`methods.replay`).
+A perturbed matrix changes nothing that lies before it, so that is not computed again (`methods.replay`): with N blocks
+in a row (N + 1) / 2N of the arithmetic is left, less what of its own block precedes the matrix, and towers that do not
+see each other are not computed for each other. Both signs go through the rest of a tower as one batch of twice the size
+(`methods.replay_pairs`), so that of 2 N calls of blocks for each matrix (N + 3) / 2 are left. Three more for each
+block and batch make and try the record. Memory: three times the hidden states of a batch at all blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.allocation import Dialect, allocate_per_tower, allocate_sparsity
 from fulgurite.methods.pruning.block_importance import Score, group_importance, matrix_importance
 from fulgurite.methods.replay import Replay
-from fulgurite.methods.statistics.zeroth_order import ZerothOrderStatistics, two_passes
+from fulgurite.methods.replay_pairs import Chain
+from fulgurite.methods.statistics.zeroth_order import At, ZerothOrderStatistics, two_passes
 
 Granularity = Literal["model", "block", "layer"]
 
@@ -154,7 +157,7 @@ class Ecoflap:
         self, walk: LayerWalk, loss: Loss, layers: Mapping[str, nn.Module], batches: Sequence[tuple[int, Any]]
     ) -> dict[str, Tensor]:
         """Mean |c| of every matrix or group."""
-        blocks = groups_of(walk, layers, "block")
+        blocks = places_of(walk, layers)
         units = groups_of(walk, layers, self.granularity if self.perturb == "group" else "layer")
         scores = ZerothOrderStatistics(
             {name: layer.weight for name, layer in layers.items()}, units, self.eps, self.draws, self.seed
@@ -169,7 +172,7 @@ def score_batch(
     loss: Loss,
     scores: ZerothOrderStatistics,
     layers: Mapping[str, nn.Module],
-    blocks: Mapping[str, str],
+    places: Mapping[str, Sequence[str]],
     number: int,
     batch: Any,
 ) -> None:
@@ -177,21 +180,24 @@ def score_batch(
 
     Args:
         layers: name -> module.
-        blocks: name of a layer -> of its block.
+        places: name of a layer -> where its weight is used; see `places_of`.
         number: of the batch among those of all processes.
     """
     everything = {name: walk.model.get_submodule(name) for name in walk.spec.all_block_names(walk.model)}
     replay = Replay({**everything, **layers})
     with kept_random_state(walk.device), replay.recording(everything):
         loss(batch)
-    at: str | None = None
+    towers = [walk.spec.block_names(walk.model, tower.name) for tower in walk.spec.towers]
+    chains = {name: chain for names in towers for chain in [Chain(replay, names)] for name in chain.next}
+    at, own = None, []
     for unit, members in scores.members.items():
-        changed = {*members, *(blocks[name] for name in members)}
-        if len(changed) == len(members) + 1 and blocks[members[0]] != at:
+        used = {place for name in members for place in places[name]}
+        changed, single = used.union(members), len(used) == 1
+        if single and used != {at}:
             if at is not None:
-                replay.forget([name for name, block in blocks.items() if block == at])
-            at = blocks[members[0]]
-            own = [name for name, block in blocks.items() if block == at]
+                replay.forget(own)
+            (at,) = used
+            own = [name for name, place in places.items() if at in place]
             with kept_random_state(walk.device), replay.without([at]), replay.recording(own):
                 loss(batch)
 
@@ -199,7 +205,18 @@ def score_batch(
             with replay.without(changed):
                 return loss(batch)
 
-        scores.update(two_passes(loss_now), number, [unit])
+        def together(_: str, shifted: At, changed: set[str] = changed, at: str = at) -> tuple[Tensor, Tensor]:
+            outputs = []
+            for sign in (+1, -1):
+                with shifted(sign):
+                    outputs.append(replay.output_of(at, loss_now))
+            found = []
+            for sign, known in zip((+1, -1), chains[at].ahead(at, tuple(outputs))):
+                with shifted(sign), replay.without(changed, known):
+                    found.append(loss(batch))
+            return tuple(found)
+
+        scores.update(together if single and at in chains else two_passes(loss_now), number, [unit])
 
 
 def groups_of(walk: LayerWalk, names: Iterable[str], granularity: Granularity) -> dict[str, str]:
@@ -213,6 +230,15 @@ def groups_of(walk: LayerWalk, names: Iterable[str], granularity: Granularity) -
                 if name == block or name.startswith(f"{block}."):
                     found[name] = tower.name if granularity == "model" else block
     return found
+
+
+def places_of(walk: LayerWalk, layers: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """Layer -> the blocks in which its weight is used."""
+    blocks = walk.spec.all_block_names(walk.model)
+    uses: dict[int, set[str]] = {}
+    for name, parameter in walk.model.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), set()).update(b for b in blocks if name.startswith(f"{b}."))
+    return {name: sorted(uses[id(layer.weight)]) for name, layer in layers.items()}
 
 
 def check_names(importance: Mapping[str, float], expected: Mapping[str, int]) -> None:

@@ -50,7 +50,7 @@ class ZerothOrderStatistics(Statistic):
 
     Weights are perturbed in place and put back bit for bit, also after an exception, and the state of torch's random
     numbers too; both signs see the same state, and so the same dropout. Memory: a copy of the unit's weights, and
-    2^18 numbers.
+    its noise in float32 or wider, which is made once for however many passes.
 
     Args:
         parameters: name -> weight of this process; a shard of some rows where the model is sharded.
@@ -137,6 +137,7 @@ class ZerothOrderStatistics(Statistic):
         devices = sorted({weight.device.index or 0 for weight in weights.values() if weight.is_cuda})
         random_states = [torch.cuda.get_rng_state(device) for device in devices]
         state = torch.get_rng_state()
+        noises: dict[str, Tensor] = {}
 
         def restore() -> None:
             for name, weight in weights.items():
@@ -149,7 +150,9 @@ class ZerothOrderStatistics(Statistic):
         def at(sign: int) -> Iterator[None]:
             restore()
             for name, weight in weights.items():
-                self._shift(name, weight, saved[name], number, sign * self.eps)
+                if name not in noises:
+                    noises[name] = self._noise_of(name, weight, number)
+                shift(weight, saved[name], noises[name], sign * self.eps)
             try:
                 yield
             finally:
@@ -160,11 +163,19 @@ class ZerothOrderStatistics(Statistic):
         finally:
             restore()
 
-    def _shift(self, name: str, weight: Tensor, saved: Tensor, number: int, step: float) -> None:
-        """W <- W + step z, in the weight's type."""
-        flat, source = weight.detach().view(-1), saved.view(-1)
-        for start in range(0, flat.numel(), PIECE):
-            part = slice(start, min(start + PIECE, flat.numel()))
-            noise = self.noise(name, number, start, part.stop - start)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            flat[part] = source[part].to(wide).add(noise.to(weight.device, wide), alpha=step).to(weight.dtype)
+    def _noise_of(self, name: str, weight: Tensor, number: int) -> Tensor:
+        """The noise of a whole weight, flat, on its device and in its type, or float32 where that is narrower."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        out = torch.empty(weight.numel(), dtype=wide, device=weight.device)
+        for start in range(0, weight.numel(), PIECE):
+            part = out[start : start + PIECE]
+            part.copy_(self.noise(name, number, start, len(part)))
+        return out
+
+
+def shift(weight: Tensor, saved: Tensor, noise: Tensor, step: float) -> None:
+    """W <- W + step z, computed in the type of z, in the weight's own."""
+    flat, source = weight.detach().view(-1), saved.view(-1)
+    for start in range(0, flat.numel(), PIECE):
+        part = slice(start, start + PIECE)
+        flat[part] = source[part].to(noise.dtype).add(noise[part], alpha=step).to(weight.dtype)
