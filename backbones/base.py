@@ -105,6 +105,10 @@ class VideoQABackbone(FrozenBackbone):
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers for one batch with whatever adapters are attached."""
 
+    def pass_blocks(self, batch: Batch) -> None:
+        """Run every block of the towers on a batch, each of them once; all of the model unless a subclass does less."""
+        self(batch)
+
     @abstractmethod
     def token_masks(self, batch: Batch) -> dict[str, Tensor]:
         """By full patterns of names of linear layers, (B, S), nonzero for the real ones of S tokens in their inputs.

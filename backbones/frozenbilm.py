@@ -266,6 +266,11 @@ class FrozenBiLM(VideoQABackbone):
             Decoded states (B, S, D); hidden states of the encoder, embedding output first, each (B, S, D);
             mask (B, S) integer. Values at masked positions mean nothing.
         """
+        hidden, mask = self._hidden(batch)
+        return decode_masks(self.deberta, hidden[-2], mask), hidden, mask
+
+    def _hidden(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Hidden states of the encoder, and the mask."""
         embeds = self.deberta.embeddings.word_embeddings(batch["input_ids"])  # (B, T, D)
         mask = _mask(batch)
         if batch.get("video") is not None:
@@ -274,7 +279,11 @@ class FrozenBiLM(VideoQABackbone):
         hidden = self.deberta(
             inputs_embeds=embeds, attention_mask=mask, output_hidden_states=True, return_dict=True
         ).hidden_states
-        return decode_masks(self.deberta, hidden[-2], mask), hidden, mask
+        return hidden, mask
+
+    def pass_blocks(self, batch: Batch) -> None:
+        """The encoder alone: the mask decoder runs its last block twice more."""
+        self._hidden(batch)
 
     def forward(self, batch: Batch) -> QAOutput:
         """Score the answers at the mask.

@@ -105,8 +105,8 @@ def walk_over(
         found = masks_by_layer(module, [BACKBONE + name for name in names], inputs_of(batch, context.device))
         return {name.removeprefix(BACKBONE): mask for name, mask in found.items()}
 
-    def forward(batch: Inputs) -> Tensor:
-        return module.answer_logits(inputs_of(batch, context.device))
+    def forward(batch: Inputs) -> None:
+        module.backbone.pass_blocks(inputs_of(batch, context.device))
 
     return LayerWalk(module.backbone, module.backbone.spec, batches, forward, masks, context.ranks, towers=towers)
 

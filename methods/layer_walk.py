@@ -9,15 +9,16 @@
 
 The inputs of a tower's first block are caught by running the model up to it; a tower that comes later sees what the
 earlier ones have become. Where a block does not take exactly what the one before it gives (something lies between
-them), its inputs are caught in the same way, and this is logged. All other arguments of a block (masks, positions, the
-states that cross-attention reads) are those of that catch. Memory: the hidden states of all batches, two of them on the
-device.
+them, or it reads what an earlier one gave beside), its inputs are caught in the same way, and this is logged. All other
+arguments of a block (masks, positions, the states that cross-attention reads) are those of that catch. Memory: the
+hidden states of all batches, two of them on the device.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,30 +95,44 @@ class Block:
             pattern: full pattern of names; all where None.
 
         Raises:
-            ValueError: another kind of module, whose weight is a matrix, matches the pattern.
+            ValueError: another kind of module that holds matrices matches the pattern.
         """
         found = {}
-        for inner, module in self.module.named_modules():
-            name = f"{self.name}.{inner}" if inner else self.name
-            if pattern is not None and not re.fullmatch(pattern, name):
-                continue
+        for name, module in self._modules(pattern):
             try:
                 input_width(module)
             except ValueError as error:
-                weight = getattr(module, "weight", None)
-                if pattern is not None and isinstance(weight, Tensor) and weight.dim() > 1:
+                if pattern is not None and matrices_of(module):
                     raise ValueError(f"{name}: {error}; leave it out of {pattern!r}") from None
                 continue
             found[name] = module
         return found
+
+    def others(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Parameters inside with two dimensions or more that belong to no linear layer: name -> (class, shape)."""
+        linears = self.linears()
+        return {
+            f"{name}.{inner}": (type(module).__name__, tuple(parameter.shape))
+            for name, module in self._modules(None)
+            if name not in linears
+            for inner, parameter in matrices_of(module).items()
+        }
+
+    def _modules(self, pattern: str | None) -> Iterator[tuple[str, nn.Module]]:
+        for inner, module in self.module.named_modules():
+            name = f"{self.name}.{inner}" if inner else self.name
+            if pattern is None or re.fullmatch(pattern, name):
+                yield name, module
 
     def outputs(self, limit: int | None = None) -> Iterator[Tensor]:
         """Hidden states that the block gives for each batch, as it is now."""
         device = self.walk.device
         for number in range(len(self.inputs) if limit is None else limit):
             with torch.no_grad():
-                output = self.calls[number].run(self.module, self.inputs[number].to(device), device)
-                yield hidden_of(output, self.name)
+                # A copy, since some blocks write into what they are given.
+                hidden = self.inputs[number].to(device, copy=True)
+                output = hidden_of(self.calls[number].run(self.module, hidden, device), self.name)
+            yield output
 
     def input_groups(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """``layers`` in the order in which they are called, those that are given the same tensor together.
@@ -140,11 +155,14 @@ class Block:
             kept.append(x)
             order.append((id(x), [name]))
 
-        outputs = self.outputs()
-        while sum(len(names) for _, names in order) < len(layers):
-            with watching(layers, note):
-                if next(outputs, None) is None:
-                    break
+        def look() -> None:
+            outputs = self.outputs()
+            while sum(len(names) for _, names in order) < len(layers):
+                with watching(layers, note):
+                    if next(outputs, None) is None:
+                        break
+
+        self.walk.ranks.agree(look)
         found = [sorted(names) for _, names in order]
         unseen = sorted(layers.keys() - {name for names in found for name in names})
         per_rank = self.walk.ranks.gather((found, unseen))
@@ -177,11 +195,15 @@ class Block:
         shared = [[re.escape(name) for name in names]] if len(names) > 1 else []
         pattern = "|".join(map(re.escape, names))
         grams = GramStatistics(walk.model, pattern, len(names), shared, diagonal, device=walk.device)
-        outputs = self.outputs()
-        for number, batch in enumerate(walk.batches):
-            mask = walk.masks(batch, names) if walk.masks is not None else None
-            with grams.watch(mask, None if weights is None else weights[number]):
-                next(outputs)
+
+        def measure() -> None:
+            outputs = self.outputs()
+            for number, batch in enumerate(walk.batches):
+                mask = walk.masks(batch, names) if walk.masks is not None else None
+                with grams.watch(mask, None if weights is None else weights[number]):
+                    next(outputs)
+
+        walk.ranks.agree(measure)
         grams.reduce(walk.ranks.total)
         return grams
 
@@ -223,6 +245,8 @@ class LayerWalk:
         self.storage = torch.device("cpu") if offload else self.device
 
     def __iter__(self) -> Iterator[Block]:
+        if self.batches:
+            self.ranks.agree(self._require_one_call)
         for tower in self.towers:
             names = self.spec.block_names(self.model, tower.name)
             if not self.batches:
@@ -243,19 +267,26 @@ class LayerWalk:
 
     def _catch(self, names: Sequence[str]) -> tuple[list[Tensor], list[list[Call]]]:
         """Inputs of the first of ``names``, and the other arguments of it and of those that it leads to, by block."""
-        inputs: list[Tensor] = []
-        per_batch: list[list[Call]] = []
-        for batch in self.batches:
-            first, calls = self._catch_one(names, batch)
-            inputs.append(first)
-            per_batch.append(calls)
-        length = min(self.ranks.gather(min(map(len, per_batch))))
-        return inputs, [[calls[number] for calls in per_batch] for number in range(length)]
+        caught = self.ranks.agree(lambda: [self._catch_one(names, batch) for batch in self.batches])
+        length = min(self.ranks.gather(min(len(calls) for _, calls in caught)))
+        return [first for first, _ in caught], [[calls[number] for _, calls in caught] for number in range(length)]
+
+    def _require_one_call(self) -> None:
+        """Run the model on one batch. Raises ValueError for a block that it calls more than once."""
+        names = [name for tower in self.towers for name in self.spec.block_names(self.model, tower.name)]
+        counts: Counter[str] = Counter()
+        modules = {name: self.model.get_submodule(name) for name in names}
+        with torch.no_grad(), watching(modules, lambda name, _: counts.update([name])):
+            self.forward(self.batches[0])
+        if name := next((name for name in names if counts[name] > 1), None):
+            raise ValueError(f"{name} is called {counts[name]} times by a batch, so it has no one input")
 
     def _catch_one(self, names: Sequence[str], batch: Any) -> tuple[Tensor, list[Call]]:
         modules = [self.model.get_submodule(name) for name in names]
         calls: list[Call] = []
-        state: dict[str, Any] = {}
+        first: list[Tensor] = []
+        outputs: list[Tensor] = []
+        written: list[int] = []  # how often, by then
         memo: dict[int, tuple[Tensor, Tensor]] = {}
 
         def stored(tensor: Tensor) -> Tensor:
@@ -267,14 +298,19 @@ class LayerWalk:
         def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if number < len(calls):
                 raise ValueError(f"{names[number]} is called more than once by a batch, so it has no one input")
-            expected = state.get("output") if number else first_tensor(args, kwargs)
-            hits = [value for value in (*args, *kwargs.values()) if value is expected and value is not None]
-            if number != len(calls) or len(hits) != 1:
-                if not number:
-                    raise ValueError(f"{names[0]} is called without hidden states")
-                raise _Enough
-            if not number:
-                state["first"] = expected.detach().to(self.storage)
+            if number and not calls:
+                raise ValueError(f"{names[number]} is called before {names[0]}: blocks must be named in their order")
+            expected = outputs[-1] if number else first_tensor(args, kwargs)
+            values = (*args, *kwargs.values())
+            hits = sum(value is expected for value in values)
+            if number:
+                beside = any(value is each for value in values if value is not expected for each in outputs)
+                if number != len(calls) or hits != 1 or beside or expected._version != written[-1]:
+                    raise _Enough
+            else:
+                if expected is None or hits != 1:
+                    raise ValueError(f"{names[0]} is given its hidden states {hits} times, expected once")
+                first.append(expected.detach().to(self.storage, copy=True))
             calls.append(
                 Call(
                     tuple(packed(value, expected, stored, names[number]) for value in args),
@@ -283,7 +319,8 @@ class LayerWalk:
             )
 
         def after(number: int, output: Any) -> None:
-            state["output"] = hidden_of(output, names[number])
+            outputs.append(hidden_of(output, names[number]))
+            written.append(outputs[-1]._version)
             if number == len(names) - 1:
                 raise _Enough
 
@@ -296,14 +333,19 @@ class LayerWalk:
             )
             hooks.append(module.register_forward_hook(lambda *given, number=number: after(number, given[-1])))
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their writes
                 self.forward(batch)
         except _Enough:
-            return state["first"], calls
+            return first[0], calls
         finally:
             for hook in hooks:
                 hook.remove()
         raise ValueError(f"{names[len(calls)]} is not reached by a forward pass")
+
+
+def matrices_of(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters with two dimensions or more."""
+    return {name: each for name, each in module.named_parameters(recurse=False) if each.dim() > 1}
 
 
 def hidden_of(output: Any, name: str) -> Tensor:
@@ -353,7 +395,7 @@ def watching(layers: Mapping[str, nn.Module], note: Callable[[str, Tensor], None
     """``note`` the name and input of every layer that is called inside."""
     hooks = [
         module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: note(name, args[0] if args else next(iter(kwargs.values()))),
+            lambda _, args, kwargs, name=name: note(name, args[0] if args else next(iter(kwargs.values()), None)),
             with_kwargs=True,
         )
         for name, module in layers.items()

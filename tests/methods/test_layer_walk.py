@@ -1,0 +1,341 @@
+"""What a walk measures, against a reference that runs the whole model anew for every layer."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from fulgurite.methods.compression import Compressor, compressed_blocks, matrices, matrix, put
+from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.pruning.sparsegpt import SparseGpt
+from fulgurite.methods.structure import ModelSpec, Tower
+
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # float64, whose sums may be taken in another order
+
+
+class Recorded(Compressor):
+    """Another compressor, whose moments are noted."""
+
+    def __init__(self, inner):
+        self.inner, self.moments = inner, {}
+        self.sequential = inner.sequential
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    def compress(self, name, weight, moment):
+        self.moments[name] = moment.clone()
+        return self.inner.compress(name, weight, moment)
+
+
+def reference(model, blocks, batches, forward, compressor, masks=None, sequential=False):
+    """Moments by name, and the model that they lead to: every layer's inputs come from a run of the whole model.
+
+    Layers are taken in the order in which the model calls them.
+    """
+    model = copy.deepcopy(model)
+    moments = {}
+
+    def gram(names):
+        sums, counts, order, hooks = {}, {}, [], []
+        for name in names:
+
+            def take(_, args, name=name):
+                rows = args[0].reshape(-1, args[0].shape[-1])
+                if masks is not None:
+                    rows = rows[masks(batch, [name])[name].flatten() != 0]
+                sums[name] = sums.get(name, 0) + rows.T @ rows
+                counts[name] = counts.get(name, 0) + len(rows)
+                if name not in order:
+                    order.append(name)
+
+            hooks.append(model.get_submodule(name).register_forward_pre_hook(take))
+        with torch.no_grad():
+            for batch in batches:
+                forward(model, batch)
+        for hook in hooks:
+            hook.remove()
+        return {name: sums[name] / counts[name] for name in order}
+
+    def compress(found):
+        for name, moment in found.items():
+            layer, moments[name] = model.get_submodule(name), moment
+            put(layer, compressor.compress(name, matrix(layer), moment).weight)
+
+    for block in blocks:
+        prefix = f"{block}."
+        names = [name for name, each in model.named_modules() if name.startswith(prefix) and hasattr(each, "weight")]
+        names = [name for name in names if isinstance(model.get_submodule(name), nn.Linear)]
+        found = gram(names)
+        if sequential:
+            for name in found:
+                compress({name: gram([name])[name]})
+        else:
+            compress(found)
+    return moments, model
+
+
+def agrees(model, spec, batches, forward, masks=None, sequential=False):
+    """A walk gives what the reference gives; returns the compressed model."""
+    compressor = SparseGpt(0.5, sequential=sequential)
+    blocks = spec.all_block_names(model)
+    expected, other = reference(model, blocks, batches, forward, compressor, masks, sequential)
+    own, noted = copy.deepcopy(model), Recorded(compressor)
+    walk = LayerWalk(own, spec, batches, lambda batch: forward(own, batch), masks)
+    for _ in compressed_blocks(walk, noted):
+        pass
+    assert noted.moments.keys() == expected.keys()
+    for name, moment in expected.items():
+        torch.testing.assert_close(noted.moments[name], moment, **TOLERANCE)
+    state = other.state_dict()
+    for name, tensor in own.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], **TOLERANCE)
+    assert any(not torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    return own
+
+
+def tokens(count=2):
+    return [torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from fulgurite.backbones.language_specs import language_spec
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 8, "ffn_dim": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = OPTConfig(vocab_size=40, word_embed_proj_dim=8, max_position_embeddings=16, init_std=0.2, **sizes)
+        model = OPTForCausalLM(config).double().eval()
+    return model, language_spec(model)
+
+
+def run_of(name):
+    return lambda model, ids: model(input_ids=ids, use_cache=False, **({"labels": ids} if name == "t5" else {}))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("name", ["llama", "opt", "t5"])
+def test_language_models_see_what_a_run_of_the_whole_model_sees(name, sequential, language_models, opt):
+    model, spec = opt if name == "opt" else language_models[name]
+    agrees(model, spec, tokens(), run_of(name), sequential=sequential)
+
+
+def test_cross_attention_reads_the_compressed_encoder(language_models):
+    """Changing the encoder alone changes the moments of the decoder's keys."""
+    model, spec = language_models["t5"]
+    seen = {}
+    for towers in (None, ("decoder",)):
+        own, noted = copy.deepcopy(model), Recorded(SparseGpt(0.5))
+        walk = LayerWalk(own, spec, tokens(), lambda ids, own=own: run_of("t5")(own, ids), towers=towers)
+        for _ in compressed_blocks(walk, noted):
+            pass
+        seen[towers] = noted.moments["decoder.block.0.layer.1.EncDecAttention.k"]
+    assert not torch.allclose(*seen.values(), rtol=1e-3)
+
+
+class Mixing(nn.Module):
+    """Residual block whose tokens are mixed where they are real; ``how`` it treats its argument."""
+
+    def __init__(self, how="plain"):
+        super().__init__()
+        self.how = how
+        self.query, self.value, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, mask=None, beside=None):
+        scores = self.query(x) @ x.mT
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None] == 0, -torch.inf)
+        mixed = self.out(torch.tanh(scores.softmax(-1) @ self.value(x)))
+        if beside is not None:
+            mixed = mixed + beside
+        if self.how == "in place":
+            return x.add_(mixed)
+        return (x + mixed, mixed) if self.how == "tuple" else x + mixed
+
+
+class Chain(nn.Module):
+    """Blocks one after the other, or with something between, or in another way that a walk must see."""
+
+    def __init__(self, how="plain", count=3):
+        super().__init__()
+        self.how = how
+        self.stem = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(Mixing(how) for _ in range(count))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, batch):
+        x, mask = batch if isinstance(batch, tuple) else (batch, None)
+        x = torch.tanh(self.stem(x))
+        kept = []
+        for number, block in enumerate(self.blocks):
+            kept.append(x)
+            if self.how == "between" and number == 1:
+                x = self.norm(x).roll(1, 1)
+            if self.how == "written between" and number == 2:
+                x.add_(1)
+            if self.how == "skip" and number == 2:
+                x = block(x, mask, beside=kept[1])
+            elif self.how == "twice" and number == 2:
+                x = block(self.blocks[0](x, mask), mask)
+            else:
+                x = block(x, mask=mask)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(self.norm(x))
+
+
+SPEC = ModelSpec((Tower("chain", r"blocks\.\d+", 3, 6),))
+
+
+def chain(how="plain"):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Chain(how).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    padded = [torch.tensor([[1, 1, 1, 1], [1] * n + [0] * (4 - n)]) for n in (1, 2, 3)]
+    return model, rows, padded
+
+
+def call(model, batch):
+    return model(batch)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_padding_is_left_out(sequential):
+    model, rows, padded = chain()
+    agrees(model, SPEC, list(zip(rows, padded)), call, lambda batch, names: dict.fromkeys(names, batch[1]), sequential)
+
+
+@pytest.mark.parametrize(
+    ("how", "again"),
+    [
+        ("plain", []),
+        ("tuple", []),
+        ("in place", []),
+        ("between", ["blocks.1"]),
+        ("written between", ["blocks.2"]),
+        ("skip", ["blocks.2"]),
+    ],
+)
+def test_inputs_are_caught_anew_where_blocks_do_not_follow_each_other(how, again, caplog):
+    model, rows, _ = chain(how)
+    with caplog.at_level(logging.INFO, "fulgurite.methods.layer_walk"):
+        agrees(model, SPEC, rows, call)
+    assert [record.args[0] for record in caplog.records if "caught anew" in record.msg] == again
+
+
+def test_a_block_may_be_measured_again_and_gives_what_it_gave():
+    """A block that writes into its input must not change what is kept of it."""
+    model, rows, _ = chain("in place")
+    for block in LayerWalk(model, SPEC, rows, model):
+        first, second = list(block.outputs()), list(block.outputs())
+        assert all(map(torch.equal, first, second))
+
+
+def test_gradients_stay_on_for_the_caller():
+    model, rows, _ = chain()
+    for block in LayerWalk(model, SPEC, rows, model):
+        for _ in block.outputs():
+            assert torch.is_grad_enabled()
+        assert torch.is_grad_enabled()
+
+
+def test_no_hook_is_left():
+    model, rows, _ = chain()
+    for _ in compressed_blocks(LayerWalk(model, SPEC, rows, model), SparseGpt(0.5)):
+        pass
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def test_layers_that_share_an_input_are_one_group_in_the_order_of_calls():
+    model, rows, _ = chain()
+    block = next(iter(LayerWalk(model, SPEC, rows, model)))
+    groups = block.input_groups(block.linears())
+    assert groups == [["blocks.0.query", "blocks.0.value"], ["blocks.0.out"]]
+
+
+def test_without_data_blocks_come_in_order_without_inputs():
+    model, _, _ = chain()
+    blocks = list(LayerWalk(model, SPEC, [], model))
+    assert [block.name for block in blocks] == [f"blocks.{i}" for i in range(3)]
+    assert not any(block.inputs or block.calls for block in blocks)
+    with pytest.raises(ValueError, match=r"blocks\.0: there is no calibration data .* blocks\.0\.out"):
+        blocks[0].grams(["blocks.0.out"])
+
+
+def test_offloading_changes_nothing():
+    model, rows, _ = chain()
+    moments = []
+    for offload in (True, False):
+        noted = Recorded(SparseGpt(0.5))
+        own = copy.deepcopy(model)
+        for _ in compressed_blocks(LayerWalk(own, SPEC, rows, own, offload=offload), noted):
+            pass
+        moments.append(noted.moments)
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
+
+
+def test_walked_towers_are_those_named(language_models):
+    model, spec = language_models["t5"]
+    walk = LayerWalk(model, spec, [], model, towers=["decoder"])
+    assert [block.tower.name for block in walk] == ["decoder"] * 2
+    with pytest.raises(ValueError, match=r"towers=\['text'\]: this model has \['encoder', 'decoder'\]"):
+        LayerWalk(model, spec, [], model, towers=["text"])
+
+
+def test_training_mode_is_refused():
+    model, rows, _ = chain()
+    with pytest.raises(ValueError, match="Chain is in training mode"):
+        LayerWalk(model.train(), SPEC, rows, model)
+
+
+def test_a_cache_is_refused(language_models):
+    model, spec = language_models["llama"]
+    walk = LayerWalk(model, spec, tokens(1), lambda ids: model(input_ids=ids, use_cache=True))
+    with pytest.raises(ValueError, match=r"model\.layers\.0 is given a DynamicCache: .*use_cache=False"):
+        next(iter(walk))
+
+
+def test_a_block_that_is_called_twice_is_refused():
+    model, rows, _ = chain("twice")
+    with pytest.raises(ValueError, match=r"blocks\.0 is called 2 times by a batch"):
+        next(iter(LayerWalk(model, SPEC, rows, model)))
+
+
+def test_blocks_that_are_named_out_of_order_are_refused():
+    model, rows, _ = chain()
+    model.forward = lambda x: model.blocks[0](model.blocks[2](model.blocks[1](model.stem(x))))
+    with pytest.raises(ValueError, match=r"blocks\.1 is called before blocks\.0"):
+        next(iter(LayerWalk(model, SPEC, rows, model)))
+
+
+def test_a_block_that_is_not_reached_is_named():
+    model, rows, _ = chain()
+    model.forward = lambda x: model.blocks[0](model.stem(x))
+    walk = LayerWalk(model, SPEC, rows, model)
+    with pytest.raises(ValueError, match=r"blocks\.1 is not reached"):
+        list(walk)
+
+
+def test_layers_that_are_not_called_are_named():
+    model, rows, _ = chain()
+    for block in model.blocks:
+        block.forward = lambda x, mask=None, block=block: x + nn.functional.linear(block.query(x), block.out.weight)
+    block = next(iter(LayerWalk(model, SPEC, rows, model)))
+    with pytest.raises(ValueError, match=r"\['blocks\.0\.out', 'blocks\.0\.value'\] were not called as modules"):
+        block.input_groups(block.linears())
+
+
+def test_a_pattern_that_matches_a_convolution_is_refused():
+    model, rows, _ = chain()
+    model.blocks[1].conv = nn.Conv1d(6, 6, 1)
+    with pytest.raises(ValueError, match=r"blocks\.1\.conv: Conv1d is no linear layer.*leave it out of"):
+        matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\..*")
+    assert len(matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\.(query|value|out)")) == 9
+    assert len(matrices(LayerWalk(model, SPEC, rows, model))) == 9
