@@ -2,6 +2,7 @@
 layers, and the mask decoder written out over positions from the paper's formula."""
 
 import math
+import re
 from functools import partial
 
 import pytest
@@ -11,10 +12,13 @@ from torch import nn
 from transformers import DebertaV2Model
 
 from fulgurite.backbones.frames import FrameEncoder, FrameTransform
-from fulgurite.backbones.frozenbilm import FrozenBiLM
+from fulgurite.backbones.frozenbilm import FrozenBiLM, _mask
+from fulgurite.checkpoints import digest_of_state
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.replace import Replace
+from fulgurite.methods.compression import matrices
+from fulgurite.methods.layer_walk import LayerWalk
 
 CONFIG = {
     "vocab_size": 40,
@@ -381,3 +385,46 @@ def test_settings_that_cannot_work_are_refused():
         FrozenBiLM(pretrained=False, config=CONFIG | {"position_biased_input": True}, max_tokens=8)
     with pytest.raises(RuntimeError, match="set_answers"):
         FrozenBiLM(pretrained=False, config=CONFIG, max_tokens=8)(batch_of())
+
+
+def test_blocks_are_passed_once_and_compressed_on_what_they_see(model):
+    """The walk over the encoder alone; what lies beyond, the mask decoder, uses the last block twice more."""
+    backbone, _ = model
+    batch = batch_of()
+    layers = r"deberta\.encoder\.layer\.\d\..*(value_proj|dense)"
+
+    def masks(batch, names):
+        found = backbone.token_masks(batch)
+        return {name: next(m for pattern, m in found.items() if re.fullmatch(pattern, name)) for name in names}
+
+    walk = LayerWalk(backbone, backbone.spec, [batch], backbone.pass_blocks, masks)
+    rows = {}
+    hooks = [
+        backbone.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: rows.update({name: rows.get(name, args[0].detach()[_mask(batch).bool()])})
+        )
+        for name in matrices(walk, layers)
+    ]
+    with torch.no_grad():
+        backbone(batch)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        for block in walk:
+            found = block.linears(layers)
+            assert len(found) == 4
+            for group in block.input_groups(found):
+                for name, energy in block.grams(group, diagonal=True).means().items():
+                    torch.testing.assert_close(energy, rows[name].double().square().mean(0), rtol=1e-5, atol=1e-7)
+
+
+def test_weights_that_changed_change_the_digest_and_the_answers():
+    backbone = build()
+    before = backbone.fingerprint, backbone.answer_table.clone()
+    with torch.no_grad():
+        backbone.deberta.embeddings.word_embeddings.weight.mul_(2)
+    assert backbone.fingerprint == before[0]
+    backbone.refresh()
+    assert backbone.fingerprint == digest_of_state(backbone.state_dict()) != before[0]
+    torch.testing.assert_close(backbone.answer_table, 2 * before[1])
+    assert backbone.derived == ("answer_table", "answer_offset")
