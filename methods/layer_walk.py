@@ -245,6 +245,9 @@ class LayerWalk:
         self.storage = torch.device("cpu") if offload else self.device
 
     def __iter__(self) -> Iterator[Block]:
+        without = [rank for rank, count in enumerate(self.ranks.gather(len(self.batches))) if not count]
+        if without and len(without) < self.ranks.size:
+            raise ValueError(f"ranks {without} have no calibration data: give every process a batch")
         if self.batches:
             self.ranks.agree(self._require_one_call)
         for tower in self.towers:

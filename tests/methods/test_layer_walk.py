@@ -339,3 +339,28 @@ def test_a_pattern_that_matches_a_convolution_is_refused():
         matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\..*")
     assert len(matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\.(query|value|out)")) == 9
     assert len(matrices(LayerWalk(model, SPEC, rows, model))) == 9
+
+
+def test_every_rank_needs_data(on_ranks):
+    model, rows, _ = chain()
+    found = on_ranks(2, lambda ranks: list(LayerWalk(model, SPEC, rows[ranks.rank + 2 :], model, ranks=ranks)))
+    assert [str(each) for each in found] == ["ranks [1] have no calibration data: give every process a batch"] * 2
+
+
+def test_an_error_on_one_rank_ends_all(on_ranks):
+    def walk(ranks):
+        model, rows, padded = chain()
+        masks = lambda batch, names: dict.fromkeys(names, padded[0][:, ranks.rank :])  # noqa: E731
+        next(iter(LayerWalk(model, SPEC, rows, model, masks, ranks))).grams(["blocks.0.out"])
+
+    good, bad = on_ranks(2, walk)
+    assert "rank 1 failed: ValueError: blocks.0.out: a mask of (2, 3) does not fit" in str(good)
+    assert isinstance(bad, ValueError)
+
+
+def test_inference_mode_hides_no_writes():
+    model, rows, _ = chain("written between")
+    expected = [block.inputs[0] for block in LayerWalk(model, SPEC, rows, model)]
+    with torch.inference_mode():
+        found = [block.inputs[0] for block in LayerWalk(model, SPEC, rows, model)]
+    assert all(map(torch.equal, found, expected))
