@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fulgurite.backbones.foreign_models import CONFIG, library_of, model_of, read_config
 from fulgurite.backbones.language_specs import language_spec
@@ -82,13 +83,17 @@ class LibraryModel:
         device = next(self.model.parameters()).device
         return self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
 
-    def scored(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, T, V), and the tokens (B, T) that they should have predicted."""
-        inputs = self.text_inputs(windows)
+    def scored(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of `text_inputs`, and the tokens (B, T) that they should have predicted."""
         logits = self.forward(inputs).logits
         if "labels" in inputs:
             return logits, inputs["labels"].to(logits.device)
-        return logits[:, :-1], windows[:, 1:].to(logits.device)
+        return logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device)
+
+    def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of a token of `text_inputs`."""
+        logits, targets = self.scored(inputs)
+        return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors on the CPU, one that is tied under its first name alone."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.methods.calibration import Loss
 from fulgurite.methods.compression import (
+    CompressedBlock,
     Compressor,
     LayerReport,
     TokenWeights,
@@ -167,15 +168,7 @@ class CompressAtCheckpoint(Step):
             blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
             figures = self.score(compressor, walk, loss_of(module, context), blocks)
             ranks.agree(lambda: compressor.begin(weights))
-            results = {}
-            for done in compressed_blocks(walk, compressor, self.layers, self.token_weights, blocks.find):
-                if not done.reports:  # which was saved
-                    results |= done.results
-                    continue
-                kept = {name: masked(name, each, masks.get(name), compressor) for name, each in done.results.items()}
-                done.results.update(kept)
-                blocks.save(done)
-                results |= kept
+            results = self.solve(walk, compressor, masks, blocks)
             with module.bank.use(None):
                 module.backbone.refresh()
         facts = {**facts, **figures, "papers": papers_of(compressor), **({"data": data} if data else {})}
@@ -183,6 +176,33 @@ class CompressAtCheckpoint(Step):
             lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
         )
         blocks.remove()
+
+    def solve(
+        self,
+        walk: LayerWalk,
+        compressor: Compressor,
+        masks: Mapping[str, Tensor],
+        blocks: SavedBlocks,
+        seen: Callable[[CompressedBlock], None] = lambda done: None,
+    ) -> dict[str, Compressed]:
+        """What becomes of every layer, in the model too; each block is saved once it is made. All ranks call it.
+
+        Args:
+            walk: over the model.
+            compressor: settled.
+            masks: by name of the layer, of weights that must stay 0.
+            blocks: those of an earlier run are taken.
+            seen: is told of each block.
+        """
+        results: dict[str, Compressed] = {}
+        for done in compressed_blocks(walk, compressor, self.layers, self.token_weights, blocks.find):
+            if done.reports:  # else it was saved
+                kept = {name: masked(name, each, masks.get(name), compressor) for name, each in done.results.items()}
+                done.results.update(kept)
+                blocks.save(done)
+            results |= done.results
+            seen(done)
+        return results
 
     def _batches(self, module: AdaptedModule, context: Context) -> tuple[list[Inputs], dict[str, Any]]:
         """This process's batches, and what the samples are; none where none are needed."""

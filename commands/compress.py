@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
@@ -20,19 +20,30 @@ from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.options import with_flags
 
+if TYPE_CHECKING:
+    from fulgurite.callbacks.compress_data import CalibrationSamples
+    from fulgurite.callbacks.compress_step import CompressAtCheckpoint
+
+Allow = tuple[str, ...]
 FLAGS = ("--dry_run", "--report")
 SAMPLES = 128
 OF_FILES = ("text", "length", "evaluate", "evaluate_samples", "format", "like", "max_shard_size", "report")
 DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
 
 
-def run(verb: str, argv: list[str], add_method: Callable[[jsonargparse.ArgumentParser], str]) -> int:
+def run(
+    verb: str,
+    argv: list[str],
+    add_method: Callable[[jsonargparse.ArgumentParser], None],
+    step_of: Callable[[Any, bool], CompressAtCheckpoint],
+) -> int:
     """Compress, or with ``--dry_run`` say what would be done; returns the exit code.
 
     Args:
         verb: ``prune`` or ``quantize``.
         argv: what follows it.
-        add_method: adds the verb's own options to a parser, and names the one that holds the compressor.
+        add_method: adds the verb's own options to a parser.
+        step_of: the step that a fit would take, of the options and of whether text is given; raises `ConfigError`.
 
     Raises:
         ConfigError: an option is wrong, or does not fit the model.
@@ -42,7 +53,7 @@ def run(verb: str, argv: list[str], add_method: Callable[[jsonargparse.ArgumentP
     with imports_allowed(invocation.allow):
         import_named(invocation.typed, invocation.documents)
         parser = common_parser(verb)
-        option = add_method(parser)
+        add_method(parser)
         try:
             options = parser.parse_args(list(invocation.arguments))
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -50,7 +61,7 @@ def run(verb: str, argv: list[str], add_method: Callable[[jsonargparse.ArgumentP
         with Building(options, invocation) as building:
             built = parser.instantiate(options, instantiators=[(building.through(build), object, True)])
     try:
-        return compress(verb, built[option], options, invocation.allow)
+        return compress(verb, step_of, built, invocation.allow)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -88,7 +99,7 @@ def common_parser(verb: str) -> jsonargparse.ArgumentParser:
     return parser
 
 
-def compress(verb: str, compressor: Any, options: Any, allow: tuple[str, ...]) -> int:
+def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], options: Any, allow: Allow) -> int:
     """Do it with whatever the model is."""
     from fulgurite.checkpoints import MANIFEST_NAME, read_manifest
     from fulgurite.checkpoints.atomic import resolve
@@ -96,46 +107,62 @@ def compress(verb: str, compressor: Any, options: Any, allow: tuple[str, ...]) -
     from fulgurite.commands.runs import checkpoint_at, is_run
 
     out, path = Path(options.out), Path(options.model)
-    if options.samples < 1:
-        raise ConfigError(f"--samples {options.samples}: must be at least 1")
-    if options.evaluate_samples is not None and options.evaluate_samples < 1:
-        raise ConfigError(f"--evaluate_samples {options.evaluate_samples}: must be at least 1")
+    for name in ("samples", "evaluate_samples"):
+        if options[name] is not None and options[name] < 1:
+            raise ConfigError(f"--{name} {options[name]}: must be at least 1")
     require_new(out)
     if is_run(path):
         path = checkpoint_at(options.model, verb)
     if (resolve(path) / MANIFEST_NAME).is_file() and read_manifest(path).settings.get("model"):
-        return compress_checkpoint(verb, path, compressor, options, allow)
+        refuse_options_of_files(path, options)
+        return compress_checkpoint(verb, path, step_of(options, True), options, allow)
     from fulgurite.commands import compress_model
 
     if options.record is not None:
         raise ConfigError(f"--record {options.record}: {path} is no checkpoint of a run; give --text")
-    job = compress_model.prepared(path, compressor, verb, options)
+    job = compress_model.prepared(path, step_of(options, options.text is not None), verb, options)
     if options.dry_run:
         return compress_model.preview(job, out)
     return compress_model.carry_out(job, out, options.report, options.max_shard_size)
 
 
-def compress_checkpoint(verb: str, path: Path, compressor: Any, options: Any, allow: tuple[str, ...]) -> int:
+def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool = False) -> CalibrationSamples | None:
+    """What a step measures on; nothing where nothing is measured.
+
+    Args:
+        options: of the command.
+        with_data: whether there are data: text, or the run's own.
+        measured: whether the method needs some.
+        optional: whether it uses some where there are any.
+
+    Raises:
+        ConfigError: text is missing, or of no use.
+    """
+    from fulgurite.callbacks.compress_data import CalibrationSamples
+
+    if measured and not with_data:
+        raise ConfigError("this method measures a model on data: give --text FILE, what the model reads")
+    if options.text is not None and not (measured or optional):
+        raise ConfigError("this method needs no data: leave out --text")
+    return CalibrationSamples(options.samples, options.seed) if with_data and (measured or optional) else None
+
+
+def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, options: Any, allow: Allow) -> int:
     """Compress a checkpoint of ours by the step that a fit would take."""
-    from fulgurite.callbacks.compress_step import CalibrationSamples, require_backbone
-    from fulgurite.callbacks.prune_step import PruneAtCheckpoint
-    from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
+    from fulgurite.callbacks.compress_step import require_backbone
     from fulgurite.callbacks.steps import Context
     from fulgurite.commands.features import device_named
     from fulgurite.commands.loading import load
     from fulgurite.commands.statistics import data_of
 
-    refuse_options_of_files(path, options)
     out = Path(options.out)
-    step_class = {"prune": PruneAtCheckpoint, "quantize": QuantizeAtCheckpoint}[verb]
-    calibration = None if compressor.needs == "nothing" else CalibrationSamples(options.samples, options.seed)
-    step = step_class(compressor, options.layers, options.towers, calibration)
     module = load(path, allow)
     require_backbone(module, str(path))
-    data = None if calibration is None else data_of(path, options.record, allow, module)
+    data = None if step.calibration is None else data_of(path, options.record, allow, module)
     context = Context(out, builder=lambda _: module, data=data, device=device_named(options.device))
     if options.dry_run:
-        print(f"{out}: {verb} {path} by {type(compressor).__name__}, with {type(data).__name__ if data else 'no data'}")
+        given = "no data" if data is None else f"{options.samples} samples of {type(data).__name__}"
+        print(f"{out}: {verb} {path} by {type(step.compressor).__name__}, with {given}")
         return DONE
     step([path], context)
     return show_checkpoint(verb, out)
@@ -159,6 +186,6 @@ def show_checkpoint(verb: str, out: Path) -> int:
     from fulgurite.commands.compress_output import show_layers
     from fulgurite.methods.compression import LayerReport
 
-    show_layers([LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in read_manifest(out).facts[LAYERS]])
+    show_layers([LayerReport.from_data(each) for each in read_manifest(out).facts[LAYERS]])
     print(f"{verb}d: {out}")
     return DONE

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.backbones.library_models import LibraryModel, open_library_model
-from fulgurite.callbacks.compress_step import LAYERS, masked
+from fulgurite.callbacks.compress_step import LAYERS, CompressAtCheckpoint
+from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
-from fulgurite.callbacks.steps import described
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source, open_source
 from fulgurite.checkpoints.store import new_manifest
@@ -23,16 +24,14 @@ from fulgurite.commands.features import device_named
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console, plain_table, size_text
 from fulgurite.datamodules.text_windows import consecutive_windows, random_windows, token_ids
-from fulgurite.methods.compression import Compressor, LayerReport, compressed_blocks, matrices, totals
+from fulgurite.methods.compression import CompressedBlock, Compressor, matrices, totals
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.papers import papers_of
-from fulgurite.methods.pruning.base import Pruner
-from fulgurite.methods.quantization.base import Quantizer
 from fulgurite.methods.quantization.compressed_tensors import require_fits
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.ranks import ALONE
 from fulgurite.metrics.perplexity import perplexity
-from fulgurite.modules.compressed_files import num_bytes, weights_of, write
+from fulgurite.modules.compressed_files import weights_of, write
 
 if TYPE_CHECKING:
     from fulgurite.backbones.reload import Stored
@@ -49,25 +48,32 @@ class Job:
         verb: ``prune`` or ``quantize``.
         source: the files.
         opened: their model.
-        walk: over it, with the calibration data.
-        compressor: settled on its weights.
-        layers: full pattern of names, or None.
+        step: that a fit would take, which knows the method.
+        walk: over the model, with the calibration data.
+        compressor: of the step, to be settled on the model.
+        weights: of the layers, by name.
+        masks: of those that were pruned before.
         stored: the layout of the result.
         data: what the calibration data are.
         evaluation: windows to score, or None.
-        sizes: entries of the layers, by name.
     """
 
     verb: str
     source: Source
     opened: LibraryModel
+    step: CompressAtCheckpoint
     walk: LayerWalk
     compressor: Compressor
-    layers: str | None
+    weights: dict[str, Tensor]
+    masks: dict[str, Tensor]
     stored: Stored
     data: dict[str, Any]
     evaluation: Tensor | None
-    sizes: dict[str, int]
+
+    @property
+    def num_weights(self) -> int:
+        """Of all layers together."""
+        return sum(weight.numel() for weight in self.weights.values())
 
     @property
     def fingerprint(self) -> str:
@@ -75,9 +81,7 @@ class Job:
         return digest_of_json(
             {
                 "source": self.source.digest,
-                "compressor": described(self.compressor),
-                "layers": self.layers,
-                "towers": [tower.name for tower in self.walk.towers],
+                "step": self.step.settings,
                 "data": self.data,
                 "device": self.walk.device.type,
                 "torch": torch.__version__,
@@ -85,47 +89,44 @@ class Job:
         )
 
 
-def prepared(path: Path, compressor: Compressor, verb: str, options: Any) -> Job:
+def prepared(path: Path, step: CompressAtCheckpoint, verb: str, options: Any) -> Job:
     """What the options ask for, found possible.
 
     Raises:
         ConfigError: an option that does not fit the model or the method.
         CheckpointError, DataError, ValueError: a file cannot be used; the text names it.
     """
-    require_data(compressor, options.text)
     device = device_named(options.device)
     source = open_source(path)
     opened = open_library_model(source, None if options.like is None else Path(options.like))
-    if opened.masks and isinstance(compressor, Pruner):
+    if opened.masks and verb == "prune":
         raise ConfigError(f"{path} is pruned already: prune the model that it was made from, to the sparsity wanted")
-    stored: Stored = "dense" if isinstance(compressor, Pruner) else options.format
     if (options.text is not None or options.evaluate is not None) and not opened.is_language_model:
-        raise ConfigError(
-            f"{path}: {type(opened.model).__name__} is no language model: leave out --text and --evaluate"
-        )
+        kind = type(opened.model).__name__
+        raise ConfigError(f"{path}: {kind} is no language model: leave out --text and --evaluate")
     windows, data = calibration(opened, options)
     evaluation = evaluated(opened, options)
     opened.model.to(device)
-    batches = [] if windows is None else [opened.text_inputs(part) for part in at_once(windows)]
-    walk = LayerWalk(opened.model, opened.spec, batches, opened.forward, towers=options.towers)
-    weights = matrices(walk, options.layers)
-    if isinstance(compressor, Quantizer):
-        compressor.keep_zeros({name: mask for name, mask in opened.masks.items() if name in weights})
-        if stored == "compressed-tensors":
-            require_package()
-            require_fits(compressor, {name: opened.model.get_submodule(name) for name in weights})
-    compressor.begin(weights)
-    sizes = {name: weight.numel() for name, weight in weights.items()}
-    return Job(verb, source, opened, walk, compressor, options.layers, stored, data, evaluation, sizes)
+    batches = [] if windows is None else inputs_of(opened, windows)
+    walk = LayerWalk(opened.model, opened.spec, batches, opened.forward, towers=step.towers)
+    weights = matrices(walk, step.layers)
+    masks = {name: mask for name, mask in opened.masks.items() if name in weights}
+    compressor = copy.copy(step.compressor)
+    if isinstance(step, QuantizeAtCheckpoint):
+        compressor.keep_zeros(masks)
+        if options.format == "compressed-tensors":
+            require_layout(step, {name: opened.model.get_submodule(name) for name in weights})
+    copy.copy(compressor).begin(weights)
+    stored: Stored = "dense" if verb == "prune" else options.format
+    return Job(verb, source, opened, step, walk, compressor, weights, masks, stored, data, evaluation)
 
 
-def require_data(compressor: Compressor, text: Any) -> None:
-    """Refuse text that is not used, and the lack of text that is needed."""
-    name = type(compressor).__name__
-    if compressor.needs == "nothing" and text is not None:
-        raise ConfigError(f"{name} needs no inputs of layers: leave out --text")
-    if compressor.needs != "nothing" and text is None:
-        raise ConfigError(f"{name} needs inputs of layers: give --text FILE, what the model reads")
+def require_layout(step: QuantizeAtCheckpoint, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse what compressed-tensors has no place for."""
+    require_package()
+    if step.task_circuit is not None:
+        raise ConfigError("compressed-tensors has no place for weights that a task circuit keeps: give --format own")
+    require_fits(step.quantizer, layers, None if step.budget is None else step.budget.choices)
 
 
 def require_package() -> None:
@@ -172,9 +173,9 @@ def require_length(opened: LibraryModel, length: int) -> None:
         raise ConfigError(f"--length {length}: the model reads at most {opened.longest} tokens; set --length lower")
 
 
-def at_once(windows: Tensor) -> Sequence[Tensor]:
-    """Windows that run together."""
-    return windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))
+def inputs_of(opened: LibraryModel, windows: Tensor) -> list[dict[str, Tensor]]:
+    """Batches of windows that run together."""
+    return [opened.text_inputs(part) for part in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))]
 
 
 def preview(job: Job, out: Path) -> int:
@@ -183,7 +184,7 @@ def preview(job: Job, out: Path) -> int:
     table.add_row("model", f"{type(job.opened.model).__name__}, {size_text(job.source.num_bytes)}")
     table.add_row("method", type(job.compressor).__name__)
     table.add_row("towers", ", ".join(tower.name for tower in job.walk.towers))
-    table.add_row("layers", f"{len(job.sizes):,} with {sum(job.sizes.values()):,} weights")
+    table.add_row("layers", f"{len(job.weights):,} with {job.num_weights:,} weights")
     if job.data:
         table.add_row("calibration", f"{job.data['samples']} x {job.data['length']} tokens")
     table.add_row("layout", job.stored)
@@ -195,11 +196,12 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
     """Compress, write, and print what came of it. A call that was cut short goes on after the last whole block."""
     blocks = SavedBlocks(partial_folder(out), job.fingerprint, ALONE)
     metrics = scores(job, "perplexity_before")
-    results = compress(job, blocks)
+    facts, results = compress(job, blocks)
     reports = [blocks.reports[name] for name in results]
     metrics |= scores(job, "perplexity")
     weights = weights_of(job.opened, results, job.stored)
-    manifest = manifest_of(job, reports, metrics, weights.stored_bits)
+    facts["totals"] = {**totals(reports), "stored_bits": weights.stored_bits}
+    manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
     try:
         write(job.opened, weights, out, manifest, {REPORT_NAME: csv_of(reports)} if report else {}, max_shard_size)
     except MismatchError:
@@ -207,7 +209,7 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
         raise
     blocks.remove()
     show_layers(reports)
-    sizes = {"bytes_before": num_bytes(job.source.tensors), "bytes": weights.num_bytes}
+    sizes = {"bytes_before": job.source.num_bytes, "bytes": weights.num_bytes}
     tokens = 0 if job.evaluation is None else job.evaluation.numel()
     show_result(job.verb, {**metrics, **sizes, "tokens": tokens, "stored_bits": weights.stored_bits}, out)
     return DONE
@@ -218,38 +220,36 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}-partial")
 
 
-def compress(job: Job, blocks: SavedBlocks) -> dict[str, Compressed]:
-    """What became of every layer; each block is saved as soon as it is done."""
-    results: dict[str, Compressed] = {}
-    with progress(sum(job.sizes.values()), job.source.num_bytes) as seen, torch.no_grad():
-        for done in compressed_blocks(job.walk, job.compressor, job.layers, done=blocks.find):
-            if done.reports:
-                masks = job.opened.masks
-                done.results.update({n: masked(n, r, masks.get(n), job.compressor) for n, r in done.results.items()})
-                blocks.save(done)
-            results |= done.results
-            if seen is not None:
-                seen(job.verb, sum(job.sizes[name] for name in done.results))
-    return results
+def compress(job: Job, blocks: SavedBlocks) -> tuple[dict[str, Any], dict[str, Compressed]]:
+    """What was found of the whole model, and what became of every layer."""
+    with progress(job.num_weights, job.source.num_bytes) as bar, torch.no_grad():
+
+        def seen(done: CompressedBlock) -> None:
+            if bar is not None:
+                bar(job.verb, sum(job.weights[name].numel() for name in done.results))
+
+        facts = job.step.score(job.compressor, job.walk, job.opened.loss, blocks)
+        job.compressor.begin(job.weights)
+        return facts, job.step.solve(job.walk, job.compressor, job.masks, blocks, seen)
 
 
 def scores(job: Job, name: str) -> dict[str, float]:
     """The perplexity of the model as it is now, where that was asked for."""
     if job.evaluation is None:
         return {}
-    return {name: perplexity(job.opened.scored, at_once(job.evaluation))}
+    return {name: perplexity(job.opened.scored, inputs_of(job.opened, job.evaluation))}
 
 
-def manifest_of(job: Job, reports: Sequence[LayerReport], metrics: dict[str, float], stored_bits: float) -> Manifest:
+def manifest_of(job: Job, facts: dict[str, Any], metrics: dict[str, float]) -> Manifest:
     """What made the result, and of what."""
-    settings = {job.verb: described(job.compressor), "layers": job.layers}
-    settings |= {"towers": [tower.name for tower in job.walk.towers], "calibration": job.data}
-    facts = {
-        "papers": papers_of(job.compressor),
-        LAYERS: [report.data() for report in reports],
-        "totals": {**totals(reports), "stored_bits": stored_bits},
-    }
+    given = {name: value for name, value in job.step.settings["init_args"].items() if value is not None}
+    compressor = given.pop("pruner" if job.verb == "prune" else "quantizer")
+    facts = {**facts, "papers": papers_of(job.compressor)}
     if job.evaluation is not None:
         facts["evaluation"] = {"windows": list(job.evaluation.shape), "data": digest_of_tensor(job.evaluation)}
-    parent = {"path": str(job.source.path), "digest": job.source.digest}
-    return new_manifest(parents=[parent], settings=settings, metrics=metrics, facts=facts)
+    return new_manifest(
+        parents=[{"path": str(job.source.path), "digest": job.source.digest}],
+        settings={**given, job.verb: compressor, "calibration": job.data},
+        metrics=metrics,
+        facts=facts,
+    )

@@ -22,8 +22,13 @@ BITS = (2, 4, 8)  # those that all versions pack alike
 Scheme = dict[str, Any]
 
 
-def require_fits(quantizer: Quantizer, layers: Mapping[str, nn.Module]) -> None:
+def require_fits(quantizer: Quantizer, layers: Mapping[str, nn.Module], choices: Sequence[int] | None = None) -> None:
     """Refuse, before anything is solved, what the layout cannot hold.
+
+    Args:
+        quantizer: of all layers.
+        layers: by name.
+        choices: bits that a layer may get, in the place of the quantizer's.
 
     Raises:
         ValueError: names the option to change.
@@ -37,12 +42,13 @@ def require_fits(quantizer: Quantizer, layers: Mapping[str, nn.Module]) -> None:
             f"groups={quantizer.groups!r} with order='activation' scatters the columns of a group, which "
             "compressed-tensors does not load: use groups='static' or order='group_aware'"
         )
+    size = quantizer.group_size
     for name, layer in layers.items():
-        bits, size = quantizer.bits_of(name), quantizer.group_size
-        if bits >= UNQUANTIZED_BITS:
+        possible = [each for each in choices or [quantizer.bits_of(name)] if each < UNQUANTIZED_BITS]
+        if wrong := [each for each in possible if each not in BITS]:
+            raise ValueError(f"{name}: bits={wrong[0]}: compressed-tensors is written with {BITS}; use --format own")
+        if not possible:
             continue
-        if bits not in BITS:
-            raise ValueError(f"{name}: bits={bits}: compressed-tensors is written with {BITS}")
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name} is a {type(layer).__name__}: compressed-tensors knows torch's Linear alone")
         columns = layer.in_features

@@ -29,7 +29,11 @@ def test_a_sequence_to_sequence_model_answers_the_second_half(t5):
     assert [tower.name for tower in opened.spec.towers] == ["encoder", "decoder"]
     with torch.no_grad():
         expected = opened.model(input_ids=windows[:, :5], labels=windows[:, 5:].contiguous()).loss.item()
-    assert perplexity(opened.scored, windows.split(2)) == pytest.approx(math.exp(expected), rel=1e-5)
+    assert perplexity(opened.scored, map(opened.text_inputs, windows.split(2))) == pytest.approx(
+        math.exp(expected), rel=1e-5
+    )
+    with torch.no_grad():
+        assert opened.loss(opened.text_inputs(windows)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_tied_tensors_are_given_once(t5):

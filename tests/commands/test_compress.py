@@ -277,8 +277,8 @@ def test_wrong_usage_is_one_message_before_any_work(root, tmp_path, capfd):
     (tmp_path / "rows.jsonl").write_text('{"words": "abc"}\n')
     rtn, magnitude = ("--quantizer", "Rtn"), ("--pruner", "Magnitude", "--pruner.sparsity", "0.5")
     wrong = {
-        "Wanda needs inputs of layers: give --text": ("prune", model, *WANDA),
-        "Magnitude needs no inputs of layers": ("prune", model, *magnitude, *text(root)),
+        "measures a model on data: give --text": ("prune", model, *WANDA),
+        "needs no data: leave out --text": ("prune", model, *magnitude, *text(root)),
         "a sparsity of 1.5 is outside [0, 1]": ("prune", model, "--pruner", "Wanda", "--pruner.sparsity", "1.5"),
         "did you mean Wanda": ("prune", model, "--pruner", "Wandaa"),
         "matches no linear layer": ("prune", model, *magnitude, "--layers", "nothing"),
