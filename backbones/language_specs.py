@@ -102,6 +102,36 @@ def opt_spec(config: PretrainedConfig) -> ModelSpec:
     )
 
 
+def gpt2_spec(config: PretrainedConfig) -> ModelSpec:
+    """GPT-2: LayerNorm, learned positions, layers that store (in, out), and one for queries, keys and values.
+
+    Its heads cannot be rotated: that layer is none of their values alone.
+    """
+    if config.add_cross_attention:
+        raise ValueError("this GPT-2 has cross-attention, whose states come from outside")
+    block = r"transformer\.h\.\d+"
+    tower = Tower(
+        "text",
+        block,
+        config.n_layer,
+        config.n_embd,
+        embedding="transformer.wte",
+        final_norm="transformer.ln_f",
+        writers=(r"transformer\.wpe", rf"{block}\.attn\.c_proj", rf"{block}\.mlp\.c_proj"),
+        feed_forward_outputs=rf"{block}\.mlp\.c_proj",
+    )
+    return ModelSpec(
+        towers=(tower,),
+        head="lm_head",
+        norm_linear_pairs=(
+            (rf"{block}\.ln_1", rf"{block}\.attn\.c_attn"),
+            (rf"{block}\.ln_2", rf"{block}\.mlp\.c_fc"),
+            (r"transformer\.ln_f", r"lm_head"),
+        ),
+        tied=(("transformer.wte.weight", "lm_head.weight"),) if config.tie_word_embeddings else (),
+    )
+
+
 def t5_spec(config: PretrainedConfig) -> ModelSpec:
     """T5: an encoder, and a decoder that reads it in every block."""
     encoder = t5_tower(config, "encoder", config.num_layers)
@@ -156,6 +186,7 @@ FAMILIES: dict[str, Callable[[PretrainedConfig], ModelSpec]] = {
     "mistral": llama_spec,
     "qwen2": llama_spec,
     "qwen3": llama_spec,
+    "gpt2": gpt2_spec,
     "opt": opt_spec,
     "t5": t5_spec,
 }
