@@ -169,7 +169,8 @@ class Block:
         if missing := set(layers) & set.intersection(*(set(unseen) for _, unseen in per_rank)):
             raise ValueError(
                 f"{self.name}: {sorted(missing)} were not called as modules by any batch; leave them out of the layers "
-                "that are compressed, or give more samples"
+                "that are compressed, or give more samples; those of nn.MultiheadAttention are called as modules "
+                "within `methods.packed_attention.exposed_attention`"
             )
         groups, placed = [], set()
         for groups_of_rank, _ in per_rank:
