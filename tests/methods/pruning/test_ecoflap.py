@@ -193,9 +193,13 @@ def test_first_order_scores_are_those_of_autograd(name, score, language_models):
 def test_sparsities_meet_the_target_and_the_cap(granularity, per_tower, language_models):
     walk, loss = case("two towers", language_models)
     method = Ecoflap(0.5, 0.65, order="first", granularity=granularity, per_tower=per_tower)
-    table = method.sparsities(walk, loss)
+    found = {
+        name: value * (3 if name.startswith("text") else 1) for name, value in method.importance(walk, loss).items()
+    }
+    table = method.allocate(walk, found)
     sizes = {name: weight.numel() for name, weight in matrices(walk).items()}
     assert table.keys() == sizes.keys()
+    assert (sum(table[name] * sizes[name] for name in sizes if name.startswith("text")) < 90) is not per_tower
     for tower in ("visual", "text") if per_tower else ("",):
         chosen = [name for name in sizes if name.startswith(tower)]
         pruned = sum(round(table[name] * sizes[name], 6) for name in chosen)
@@ -209,7 +213,8 @@ def test_sparsities_meet_the_target_and_the_cap(granularity, per_tower, language
         of_group.setdefault(name.rsplit(".", {"model": 2, "block": 1, "layer": 0}[granularity])[0], set()).add(value)
     assert len(of_group) == number
     assert all(len(values) == 1 for values in of_group.values())
-    flat = Ecoflap(0.5, 0.5, order="first", granularity=granularity).sparsities(walk, loss)
+    assert Ecoflap(order="first").sparsities(walk, loss) == Ecoflap().allocate(walk, method.importance(walk, loss))
+    flat = Ecoflap(0.5, 0.5, order="first", granularity=granularity).allocate(walk, found)
     assert max(abs(value - 0.5) * sizes[name] for name, value in flat.items()) <= 1
 
 
