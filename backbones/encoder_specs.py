@@ -6,10 +6,12 @@ Their residual stream passes through norms, so there is nothing to fold, and no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from fulgurite.methods.structure import ModelSpec, Tower
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def bert_spec(config: PretrainedConfig, root: str) -> ModelSpec:

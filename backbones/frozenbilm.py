@@ -17,9 +17,10 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from fulgurite.backbones.deberta import (
     decode_masks,
     read_pretrained,
 )
+from fulgurite.backbones.encoder_specs import deberta_spec
 from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.frozenbilm_checkpoint import (
     ImportedWeights,
@@ -44,10 +46,13 @@ from fulgurite.backbones.prompts import FrozenBiLMCollator
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_state
 from fulgurite.checkpoints.errors import MismatchError
-from fulgurite.methods.structure import ModelSpec, Tower
+from fulgurite.methods.structure import ModelSpec
 from fulgurite.samples import Batch
 from fulgurite.samples.features import FeatureExtractor
 from fulgurite.samples.sampling import FrameSampling
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _log = logging.getLogger(__name__)
 _PROJECTION = r"deberta\.embeddings\.linear_video\.(weight|bias)"
@@ -153,7 +158,7 @@ class FrozenBiLM(VideoQABackbone):
         self.deberta.embeddings.linear_video = projection
         self.register_buffer("answer_table", torch.zeros(0, width), persistent=False)
         self.register_buffer("answer_offset", torch.zeros(0), persistent=False)
-        self.spec = _spec(settings.num_hidden_layers, width)
+        self.spec = _spec(settings)
         self.not_in_checkpoint: tuple[str, ...] = ()
         self._adapters: dict[str, StateDict] | None = None
         self._load(source if pretrained else None, checkpoint)
@@ -355,24 +360,13 @@ def _mask(batch: Batch) -> Tensor:
     return mask if batch.get("video") is None else torch.cat([batch["video_mask"].long(), mask], dim=1)
 
 
-def _spec(layers: int, width: int) -> ModelSpec:
-    block = r"deberta\.encoder\.layer\.\d+"
-    return ModelSpec(
-        towers=(Tower("text", block, layers, width, embedding="deberta.embeddings.word_embeddings"),),
-        head="lm_predictions.lm_head",
-        points={
-            "attention_output": (rf"{block}\.attention\.output\.dense", layers),
-            "feed_forward_output": (rf"{block}\.output\.dense", layers),
-            "query": (rf"{block}\.attention\.self\.query_proj", layers),
-            "key": (rf"{block}\.attention\.self\.key_proj", layers),
-            "value": (rf"{block}\.attention\.self\.value_proj", layers),
-            "feed_forward_input": (rf"{block}\.intermediate\.dense", layers),
-            "attention_norm": (rf"{block}\.attention\.output\.LayerNorm", layers),
-            "feed_forward_norm": (rf"{block}\.output\.LayerNorm", layers),
-            "embedding_norm": (r"deberta\.embeddings\.LayerNorm", 1),
-            "position_norm": (r"deberta\.encoder\.LayerNorm", 1),
-            "convolution_norm": (r"deberta\.encoder\.conv\.LayerNorm", 1),
-            "head_norm": (r"lm_predictions\.lm_head\.LayerNorm", 1),
-            "video_projection": (r"deberta\.embeddings\.linear_video", 1),
-        },
-    )
+def _spec(config: PretrainedConfig) -> ModelSpec:
+    spec = deberta_spec(config, "deberta.")
+    others = {
+        "embedding_norm": (r"deberta\.embeddings\.LayerNorm", 1),
+        "position_norm": (r"deberta\.encoder\.LayerNorm", 1),
+        "convolution_norm": (r"deberta\.encoder\.conv\.LayerNorm", 1),
+        "head_norm": (r"lm_predictions\.lm_head\.LayerNorm", 1),
+        "video_projection": (r"deberta\.embeddings\.linear_video", 1),
+    }
+    return replace(spec, head="lm_predictions.lm_head", points={**spec.points, **others})

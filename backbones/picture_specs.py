@@ -6,10 +6,12 @@ Their norms could be folded, but pictures come in by convolutions, which no rota
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING
 
 from fulgurite.methods.structure import ModelSpec, Tower
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def vit_spec(config: PretrainedConfig, root: str) -> ModelSpec:

@@ -15,6 +15,7 @@ Legend: B batch, F frames, P tokens of a frame, V = F * P video tokens, T text t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -22,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulgurite.backbones.base import QAOutput, VideoQABackbone, masked_mean
+from fulgurite.backbones.encoder_specs import bert_spec
 from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.parts import Part
 from fulgurite.backbones.sources import resolve_source
 from fulgurite.checkpoints.digest import digest_of_state
-from fulgurite.methods.structure import ModelSpec, Tower
 from fulgurite.samples import Batch, DataError, Sample, sample_fields
 from fulgurite.samples.features import FeatureExtractor
 from fulgurite.samples.sampling import FrameSampling
@@ -129,22 +130,9 @@ class PrefixEncoder(VideoQABackbone):
         self.max_tokens, self.temperature = max_tokens, temperature
         self.routing_layer, self.use_time = routing_layer, use_time
         self.register_buffer("answer_embeddings", torch.zeros(0, width), persistent=False)
-        layers, block = config.num_hidden_layers, r"text\.encoder\.layer\.\d+"
-        self.spec = ModelSpec(
-            towers=(Tower("text", block, layers, width, embedding="text.embeddings"),),
-            points={
-                "attention_output": (rf"{block}\.attention\.output\.dense", layers),
-                "feed_forward_output": (rf"{block}\.output\.dense", layers),
-                "query": (rf"{block}\.attention\.self\.query", layers),
-                "key": (rf"{block}\.attention\.self\.key", layers),
-                "value": (rf"{block}\.attention\.self\.value", layers),
-                "feed_forward_input": (rf"{block}\.intermediate\.dense", layers),
-                "attention_norm": (rf"{block}\.attention\.output\.LayerNorm", layers),
-                "feed_forward_norm": (rf"{block}\.output\.LayerNorm", layers),
-                "video_projection": (r"video_projection", 1 if frame_encoder is not None else 0),
-            },
-            shared_inputs=(tuple(rf"{block}\.attention\.self\.{p}" for p in ("query", "key", "value")),),
-        )
+        spec = bert_spec(config, "text.")
+        projection = {"video_projection": (r"video_projection", 0 if frame_encoder is None else 1)}
+        self.spec = replace(spec, points={**spec.points, **projection})
         self.freeze()
 
     def collator(self, stage: str) -> PrefixCollator:
