@@ -9,8 +9,11 @@ settled in `Compressor.begin`.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
@@ -22,6 +25,7 @@ from fulgurite.methods.layer_walk import Block, LayerWalk
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.statistics.gram import input_width
 
+log = logging.getLogger(__name__)
 Needs = Literal["nothing", "energies", "grams"]
 TokenWeights = Callable[[Block], list[Tensor]]
 
@@ -130,6 +134,8 @@ def compressed_blocks(
     Raises:
         ValueError: a layer that cannot be compressed, by name.
     """
+    if left := left_dense(walk):
+        log.info("left as they are, for they belong to no linear layer: %s", "; ".join(left))
     for block in walk:
         layers = block.linears(pattern)
         if (known := done(block.name)) is not None:
@@ -206,21 +212,39 @@ def matrices(walk: LayerWalk, pattern: str | None = None) -> dict[str, Tensor]:
     """Every weight (out, in) that a walk would compress, by the name of its layer.
 
     Raises:
-        ValueError: there is none, or two layers share one.
+        ValueError: there is none, or another module holds the same tensor.
     """
     out: dict[str, Tensor] = {}
-    owners: dict[int, str] = {}
-    for tower in walk.towers:
-        for name in walk.spec.block_names(walk.model, tower.name):
-            block = Block(name, tower, walk.model.get_submodule(name), [], [], walk)
-            for layer, module in block.linears(pattern).items():
-                if (other := owners.setdefault(id(module.weight), layer)) != layer:
-                    raise ValueError(f"{other} and {layer} are one tensor, which one result cannot fit: leave both out")
-                out[layer] = matrix(module)
+    holders: dict[int, list[str]] = {}
+    for name, module in walk.model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    for block in blocks_of(walk):
+        for layer, module in block.linears(pattern).items():
+            if others := [name for name in holders[id(module.weight)] if name != layer]:
+                raise ValueError(f"{layer} and {others[0]} are one tensor, which one result cannot fit: leave it out")
+            out[layer] = matrix(module)
     if not out:
         where = "the blocks hold no linear layer" if pattern is None else f"layers={pattern!r} matches no linear layer"
         raise ValueError(f"{where} of {[tower.name for tower in walk.towers]}")
     return out
+
+
+def blocks_of(walk: LayerWalk) -> Iterator[Block]:
+    """The blocks of a walk as they are, without inputs."""
+    for tower in walk.towers:
+        for name in walk.spec.block_names(walk.model, tower.name):
+            yield Block(name, tower, walk.model.get_submodule(name), [], [], walk)
+
+
+def left_dense(walk: LayerWalk) -> list[str]:
+    """What no compression here reaches in the blocks, as text: alike parameters of several blocks together."""
+    counts = Counter(
+        (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), *about)
+        for block in blocks_of(walk)
+        for name, about in block.others().items()
+    )
+    return [f"{count} x {name} ({kind} {list(shape)})" for (name, kind, shape), count in counts.items()]
 
 
 def relative_error(before: Tensor, after: Tensor, moment: Tensor | None) -> float:
