@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 import fulgurite
-from fulgurite.backbones import reload
 from fulgurite.backbones.language_specs import language_spec
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import MismatchError, read_manifest, verify
@@ -26,8 +25,6 @@ from fulgurite.methods.quantization.storage import COMPRESSED, masks_of
 from fulgurite.modules import compressed_files
 
 LETTERS = "abcdefgh ."
-SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
 WANDA = ("--pruner", "Wanda", "--pruner.sparsity", "0.5")
 GPTQ = ("--quantizer", "Gptq", "--quantizer.bits", "4", "--quantizer.group_size", "16")
 
@@ -40,51 +37,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Folders ``llama`` and ``bfloat16`` of a tiny model with a tokenizer of letters, and ``text.txt``."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    root = tmp_path_factory.mktemp("models")
-    numbers = {letter: number for number, letter in enumerate(["<unk>", *LETTERS, "\n"])}
-    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
-    for name, dtype in (("llama", torch.float32), ("bfloat16", torch.bfloat16)):
-        model.to(dtype).save_pretrained(root / name)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(root / name)
-    draw = random.Random(0)
-    (root / "text.txt").write_text("".join(draw.choice(LETTERS) for _ in range(3000)))
-    return root
-
-
-@pytest.fixture
-def in_process(monkeypatch):
-    """What is written is loaded and compared in this process, where starting another one is not the point."""
-
-    def compare(library, folder, inputs, expected, model_class="", base="", stored="dense"):
-        request = {"library": library, "folder": str(folder), "model_class": model_class, "base": "", "stored": stored}
-        tensors = {f"input.{n}": t for n, t in inputs.items()} | {f"output.{n}": t for n, t in expected.items()}
-        return reload.compare(request, tensors)
-
-    monkeypatch.setattr(compressed_files, "compare_fresh", compare)
-
-
-def text(root):
+def text(llamas):
     few = ("--samples", "6", "--length", "32", "--device", "cpu")
-    return ("--text", str(root / "text.txt"), *few)
+    return ("--text", str(llamas / "text.txt"), *few)
 
 
-def evaluate(root):
-    return ("--evaluate", str(root / "text.txt"), "--evaluate_samples", "5")
+def evaluate(llamas):
+    return ("--evaluate", str(llamas / "text.txt"), "--evaluate_samples", "5")
 
 
-def windows(root):
+def windows(llamas):
     """Those that GPTQ's published code takes of these tokens."""
     numbers = {letter: number for number, letter in enumerate(["<unk>", *LETTERS, "\n"])}
-    ids = torch.tensor([numbers[letter] for letter in (root / "text.txt").read_text()])
+    ids = torch.tensor([numbers[letter] for letter in (llamas / "text.txt").read_text()])
     random.seed(0)
     starts = [random.randint(0, len(ids) - 32 - 1) for _ in range(6)]
     return torch.stack([ids[start : start + 32] for start in starts]), ids
@@ -109,15 +74,24 @@ def loss(model, ids):
         return math.exp(sum(model(row[None], labels=row[None]).loss.item() for row in rows) / 5)
 
 
-def test_a_pruned_folder_is_what_the_library_loads_and_a_checkpoint_with_masks(root, tmp_path, in_process, capfd):
+def test_a_pruned_folder_is_what_the_library_loads_and_a_checkpoint_with_masks(llamas, tmp_path, in_process, capfd):
     from transformers import LlamaForCausalLM
 
     out = tmp_path / "out"
-    argv = ("prune", str(root / "llama"), "--out", str(out), *WANDA, *text(root), *evaluate(root), "--report")
+    argv = (
+        "prune",
+        str(llamas / "llama"),
+        "--out",
+        str(out),
+        *WANDA,
+        *text(llamas),
+        *evaluate(llamas),
+        "--report",
+    )
     assert main(list(argv)) == 0
     printed = capfd.readouterr().out
-    batches, ids = windows(root)
-    expected = by_hand(root / "llama", Wanda(0.5), batches)
+    batches, ids = windows(llamas)
+    expected = by_hand(llamas / "llama", Wanda(0.5), batches)
     found = LlamaForCausalLM.from_pretrained(out).eval()
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
     assert verify(out).ok
@@ -127,9 +101,9 @@ def test_a_pruned_folder_is_what_the_library_loads_and_a_checkpoint_with_masks(r
     for name, mask in masks.items():
         assert torch.equal(mask, found.get_parameter(name) != 0)
         assert mask.float().mean() == 0.5
-    assert (out / "tokenizer.json").read_bytes() == (root / "llama" / "tokenizer.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (llamas / "llama" / "tokenizer.json").read_bytes()
     assert "Wanda" in (out / "README.md").read_text()
-    before = LlamaForCausalLM.from_pretrained(root / "llama").eval()
+    before = LlamaForCausalLM.from_pretrained(llamas / "llama").eval()
     assert manifest.metrics["perplexity_before"] == pytest.approx(loss(before, ids), rel=1e-5)
     assert manifest.metrics["perplexity"] == pytest.approx(loss(found, ids), rel=1e-5)
     assert f"{loss(found, ids):.4g} after, on 160 tokens" in printed
@@ -140,14 +114,14 @@ def test_a_pruned_folder_is_what_the_library_loads_and_a_checkpoint_with_masks(r
     assert not list(tmp_path.glob("*-partial"))
 
 
-def test_transformers_loads_what_was_quantized(root, tmp_path):
+def test_transformers_loads_what_was_quantized(llamas, tmp_path):
     """In a fresh process once, and here as a user does, without dequantizing first."""
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
-    assert main(["quantize", str(root / "bfloat16"), "--out", str(out), *GPTQ, *text(root)]) == 0
-    expected = by_hand(root / "bfloat16", Gptq(4, 16), windows(root)[0])
+    assert main(["quantize", str(llamas / "bfloat16"), "--out", str(out), *GPTQ, *text(llamas)]) == 0
+    expected = by_hand(llamas / "bfloat16", Gptq(4, 16), windows(llamas)[0])
     found = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     inputs = torch.arange(1, 12)[None]
     with torch.no_grad():
@@ -162,21 +136,21 @@ def test_transformers_loads_what_was_quantized(root, tmp_path):
     assert manifest.facts["totals"]["bits"] == 4
     # 16 entries of 4 bits share a scale of 16; a shape of 128 bits is stored per layer.
     assert manifest.facts["totals"]["stored_bits"] == pytest.approx(5 + 14 * 128 / 18432)
-    assert main(["quantize", str(out), "--out", str(tmp_path / "again"), *GPTQ, *text(root)]) == 2
+    assert main(["quantize", str(out), "--out", str(tmp_path / "again"), *GPTQ, *text(llamas)]) == 2
 
 
-def test_bits_by_name_go_into_groups_of_the_configuration(root, tmp_path, in_process):
+def test_bits_by_name_go_into_groups_of_the_configuration(llamas, tmp_path, in_process):
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
     names = '{".*mlp.*": 8, ".*layers.0.*q_proj": 16}'
-    assert main(["quantize", str(root / "llama"), "--out", str(out), "--quantizer", "Rtn", "--device", "cpu",
+    assert main(["quantize", str(llamas / "llama"), "--out", str(out), "--quantizer", "Rtn", "--device", "cpu",
                  "--quantizer.bits_by_name", names]) == 0  # fmt: skip
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert [group["weights"]["num_bits"] for group in config["config_groups"].values()] == [4, 8]
     assert set(config["ignore"]) == {"lm_head", "model.layers.0.self_attn.q_proj"}
-    plain = load_file(root / "llama" / "model.safetensors")
+    plain = load_file(llamas / "llama" / "model.safetensors")
     found = AutoModelForCausalLM.from_pretrained(out)
     found(torch.arange(3)[None])  # decompresses
     for name, bits in (("mlp.up_proj", 8), ("self_attn.k_proj", 4), ("self_attn.q_proj", 16)):
@@ -185,15 +159,15 @@ def test_bits_by_name_go_into_groups_of_the_configuration(root, tmp_path, in_pro
         assert torch.equal(found.get_parameter(name), expected), name
 
 
-def test_our_own_layout_holds_any_bits_and_the_zeros_of_pruning(root, tmp_path, in_process, capfd):
+def test_our_own_layout_holds_any_bits_and_the_zeros_of_pruning(llamas, tmp_path, in_process, capfd):
     pruned, out = tmp_path / "pruned", tmp_path / "out"
-    assert main(["prune", str(root / "llama"), "--out", str(pruned), *WANDA, *text(root)]) == 0
+    assert main(["prune", str(llamas / "llama"), "--out", str(pruned), *WANDA, *text(llamas)]) == 0
     three = ("--quantizer", "Gptq", "--quantizer.bits", "3", "--quantizer.scheme", "asymmetric", "--format", "own")
-    assert main(["quantize", str(pruned), "--out", str(out), *three, *text(root)]) == 0
+    assert main(["quantize", str(pruned), "--out", str(out), *three, *text(llamas)]) == 0
     compressor = Gptq(3, scheme="asymmetric")
     masks = masks_of(map_file(pruned / "masks.safetensors"), read_manifest(pruned).facts[COMPRESSED])
     compressor.keep_zeros({name.removesuffix(".weight"): mask for name, mask in masks.items()})
-    expected = by_hand(pruned, compressor, windows(root)[0])
+    expected = by_hand(pruned, compressor, windows(llamas)[0])
     found = fulgurite.load_model(out)
     assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in expected.state_dict().items())
     assert all((found.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
@@ -206,9 +180,9 @@ def test_our_own_layout_holds_any_bits_and_the_zeros_of_pruning(root, tmp_path, 
         assert why in capfd.readouterr().err
 
 
-def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(root, tmp_path, in_process, monkeypatch):
+def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(llamas, tmp_path, in_process, monkeypatch):
     pytest.importorskip("compressed_tensors")
-    argv = ["quantize", str(root / "llama"), *GPTQ, *text(root), "--out"]
+    argv = ["quantize", str(llamas / "llama"), *GPTQ, *text(llamas), "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
     save, compress, solved = SavedBlocks.save, Gptq.compress, []
 
@@ -235,8 +209,16 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(root, tmp_path, i
     assert not (tmp_path / "out-partial").exists()
 
 
-def test_blocks_of_other_settings_are_not_taken(root, tmp_path, in_process, monkeypatch):
-    argv = ["prune", str(root / "llama"), *text(root), "--out", str(tmp_path / "out"), "--pruner", "Wanda"]
+def test_blocks_of_other_settings_are_not_taken(llamas, tmp_path, in_process, monkeypatch):
+    argv = [
+        "prune",
+        str(llamas / "llama"),
+        *text(llamas),
+        "--out",
+        str(tmp_path / "out"),
+        "--pruner",
+        "Wanda",
+    ]
     save = SavedBlocks.save
 
     def dies(self, done):
@@ -250,18 +232,26 @@ def test_blocks_of_other_settings_are_not_taken(root, tmp_path, in_process, monk
     assert all(layer["sparsity"] == 0.5 for layer in read_manifest(tmp_path / "out").facts["layers"])
 
 
-def test_a_difference_leaves_nothing(root, tmp_path, monkeypatch, capfd):
+def test_a_difference_leaves_nothing(llamas, tmp_path, monkeypatch, capfd):
     def other(*given, **more):
         raise MismatchError("what was written is not the model")
 
     monkeypatch.setattr(compressed_files, "compare_fresh", other)
-    assert main(["prune", str(root / "llama"), *WANDA, *text(root), "--out", str(tmp_path / "out")]) == 2
+    assert main(["prune", str(llamas / "llama"), *WANDA, *text(llamas), "--out", str(tmp_path / "out")]) == 2
     assert "is not the model" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_dry_run_writes_nothing(root, tmp_path, capfd):
-    argv = ("prune", str(root / "llama"), *WANDA, *text(root), "--out", str(tmp_path / "out"), "--dry-run")
+def test_a_dry_run_writes_nothing(llamas, tmp_path, capfd):
+    argv = (
+        "prune",
+        str(llamas / "llama"),
+        *WANDA,
+        *text(llamas),
+        "--out",
+        str(tmp_path / "out"),
+        "--dry-run",
+    )
     assert main([*argv, "--layers", r".*mlp.*"]) == 0
     printed = capfd.readouterr().out
     assert "6 with 12,288 weights" in printed
@@ -269,8 +259,8 @@ def test_a_dry_run_writes_nothing(root, tmp_path, capfd):
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_usage_is_one_message_before_any_work(root, tmp_path, capfd):
-    out, model = tmp_path / "out", str(root / "llama")
+def test_wrong_usage_is_one_message_before_any_work(llamas, tmp_path, capfd):
+    out, model = tmp_path / "out", str(llamas / "llama")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     (tmp_path / "short.txt").write_text("abc")
@@ -278,20 +268,20 @@ def test_wrong_usage_is_one_message_before_any_work(root, tmp_path, capfd):
     rtn, magnitude = ("--quantizer", "Rtn"), ("--pruner", "Magnitude", "--pruner.sparsity", "0.5")
     wrong = {
         "measures a model on data: give --text": ("prune", model, *WANDA),
-        "needs no data: leave out --text": ("prune", model, *magnitude, *text(root)),
+        "needs no data: leave out --text": ("prune", model, *magnitude, *text(llamas)),
         "a sparsity of 1.5 is outside [0, 1]": ("prune", model, "--pruner", "Wanda", "--pruner.sparsity", "1.5"),
         "did you mean Wanda": ("prune", model, "--pruner", "Wandaa"),
         "matches no linear layer": ("prune", model, *magnitude, "--layers", "nothing"),
         "this model has ['text']": ("prune", model, *magnitude, "--towers", "[picture]"),
-        "3 tokens of text are too few": ("prune", model, *WANDA, *text(root), "--text", str(tmp_path / "short.txt")),
-        "field 'text'": ("prune", model, *WANDA, *text(root), "--text", str(tmp_path / "rows.jsonl")),
-        "reads at most 64 tokens": ("prune", model, *WANDA, *text(root), "--length", "65"),
+        "3 tokens of text are too few": ("prune", model, *WANDA, *text(llamas), "--text", str(tmp_path / "short.txt")),
+        "field 'text'": ("prune", model, *WANDA, *text(llamas), "--text", str(tmp_path / "rows.jsonl")),
+        "reads at most 64 tokens": ("prune", model, *WANDA, *text(llamas), "--length", "65"),
         "bits=3: compressed-tensors": ("quantize", model, *rtn, "--quantizer.bits", "3"),
         "does not divide its 32 columns": ("quantize", model, *rtn, "--quantizer.group_size", "24"),
         "stored zeros": ("quantize", model, *rtn, "--quantizer.scheme", "asymmetric"),
         "bits_by_name: 'nothing' matches none": ("quantize", model, *rtn, "--quantizer.bits_by_name", "{nothing: 8}"),
         "no model at": ("quantize", str(tmp_path / "missing"), *rtn),
-        "--samples 0": ("prune", model, *WANDA, *text(root), "--samples", "0"),
+        "--samples 0": ("prune", model, *WANDA, *text(llamas), "--samples", "0"),
         "is no checkpoint of a run": ("prune", model, *magnitude, "--record", "c.yaml"),
     }  # fmt: skip
     for message, argv in wrong.items():
