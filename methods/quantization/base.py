@@ -62,8 +62,15 @@ class Quantizer(Compressor):
         """Check what is given by name.
 
         Raises:
-            ValueError: an entry of ``bits_by_name`` matches no layer.
+            ValueError: an entry of ``bits_by_name`` matches no layer, an allocation leaves some out, or a mask does not
+                fit its layer.
         """
+        if self._bits and (missing := [name for name in weights if name not in self._bits]):
+            raise ValueError(f"the allocation has no bits for {len(missing)} layers, first {missing[0]}")
+        for name, mask in (*self._kept.items(), *self._masks.items()):
+            if name in weights and (mask.shape != weights[name].shape or mask.dtype != torch.bool):
+                shape = tuple(weights[name].shape)
+                raise ValueError(f"{name}: a mask of {tuple(mask.shape)} in {mask.dtype}, expected {shape} in bool")
         for pattern in self.bits_by_name:
             if not any(re.fullmatch(pattern, name) for name in weights):
                 raise ValueError(
