@@ -135,40 +135,40 @@ class Block:
             yield output
 
     def input_groups(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
-        """``layers`` in the order in which they are called, those that are given the same tensor together.
+        """``layers`` in the order in which they are called, those that are given the same tensors together.
 
         Layers that some batches do not call, as experts, are looked for in the others. All ranks call it.
 
         Raises:
             ValueError: a layer is never called as a module.
         """
-        order: list[tuple[int, list[str]]] = []
+        order: dict[tuple[int, ...], list[str]] = {}
         kept: list[Tensor] = []  # so that no tensor takes another's identity
+        missing = set(layers)
+
+        calls: dict[str, tuple[int, ...]] = {}  # in one batch
 
         def note(name: str, x: Tensor) -> None:
-            if any(name in names for _, names in order):
-                return
-            for number, names in order:
-                if number == id(x):
-                    names.append(name)
-                    return
             kept.append(x)
-            order.append((id(x), [name]))
+            calls[name] = (*calls.get(name, ()), id(x))
 
         def look() -> None:
             outputs = self.outputs()
-            while sum(len(names) for _, names in order) < len(layers):
-                with watching(layers, note):
+            while missing:
+                with watching({name: layers[name] for name in missing}, note):
                     if next(outputs, None) is None:
                         break
+                for name, numbers in calls.items():
+                    order.setdefault(numbers, []).append(name)
+                missing.difference_update(calls)
+                calls.clear()
 
         self.walk.ranks.agree(look)
-        found = [sorted(names) for _, names in order]
-        unseen = sorted(layers.keys() - {name for names in found for name in names})
-        per_rank = self.walk.ranks.gather((found, unseen))
-        if missing := set(layers) & set.intersection(*(set(unseen) for _, unseen in per_rank)):
+        found = [sorted(names) for names in order.values()]
+        per_rank = self.walk.ranks.gather((found, sorted(missing)))
+        if nowhere := set.intersection(*(set(unseen) for _, unseen in per_rank)):
             raise ValueError(
-                f"{self.name}: {sorted(missing)} were not called as modules by any batch; leave them out of the layers "
+                f"{self.name}: {sorted(nowhere)} were not called as modules by any batch; leave them out of the layers "
                 "that are compressed, or give more samples; those of nn.MultiheadAttention are called as modules "
                 "within `methods.packed_attention.exposed_attention`"
             )

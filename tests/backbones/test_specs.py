@@ -187,6 +187,9 @@ def test_shared_inputs_are_all_those_that_a_pass_shows(case):
     expected = {frozenset(n for n in seen if seen[n] == calls) for calls in seen.values()}
     stated = owners(case.model, list(seen), spec.shared_inputs)
     assert {frozenset(n for n in stated if stated[n] == owner) for owner in stated.values()} == expected
+    walk = LayerWalk(case.model, spec, [case.inputs], lambda batch: case.model(**batch))
+    pattern = "|".join(map(re.escape, seen))
+    assert {frozenset(each) for block in walk for each in block.input_groups(block.linears(pattern))} == expected
 
 
 def layers_of(case):
