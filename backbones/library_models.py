@@ -1,27 +1,33 @@
-"""A library's model out of its files, with what compression asks of it: where its blocks are, and how text runs in it.
+"""A library's model out of its files, with what compression asks of it: where its blocks are, and how data run in it.
 
-B windows, S tokens, V vocabulary.
+B windows or pictures, S tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fulgurite.backbones.foreign_models import CONFIG, library_of, model_of, read_config
-from fulgurite.backbones.language_specs import language_spec
+from fulgurite.backbones.specs import spec_of
 from fulgurite.checkpoints import MissingError, RefusedError
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.tensorfile import map_file
 from fulgurite.methods.quantization.storage import COMPRESSED, masks_of
 from fulgurite.methods.structure import ModelSpec
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROCESSOR = "preprocessor_config.json"
 VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|.*\.(model|tiktoken)")
 MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
 
@@ -35,7 +41,7 @@ class LibraryModel:
         model: itself.
         spec: where its blocks are.
         folder: with its configuration, tokenizer and processor.
-        masks: (out, in) bool, by name of the layer, of what was pruned before.
+        masks: (out, in) bool, by name of the tensor, of what was pruned before.
     """
 
     library: str
@@ -45,9 +51,15 @@ class LibraryModel:
     masks: dict[str, Tensor]
 
     @property
+    def reads(self) -> str:
+        """What it is measured on: ``text`` or ``pictures``; of models of both, the tower for pictures."""
+        arguments = inspect.signature(self.model.forward).parameters
+        return "text" if self.library == "hf" and "pixel_values" not in arguments else "pictures"
+
+    @property
     def is_language_model(self) -> bool:
-        """Whether it reads text and gives logits over its vocabulary."""
-        return self.library == "hf" and self.model.can_generate()
+        """Whether it reads text and gives logits of what comes next."""
+        return self.reads == "text" and self.model.can_generate()
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text by the folder's own tokenizer.
@@ -73,15 +85,44 @@ class LibraryModel:
 
         Of a sequence-to-sequence model the first half of a window is read and the second one answered.
         """
-        if not self.model.config.is_encoder_decoder:
+        if not getattr(self.model.config, "is_encoder_decoder", False):
             return {"input_ids": windows}
         half = windows.shape[1] // 2
         return {"input_ids": windows[:, :half], "labels": windows[:, half:].contiguous()}
 
+    def picture_inputs(self, pictures: Sequence[Image]) -> dict[str, Tensor]:
+        """Arguments of a forward pass on pictures, prepared as the model's own files say.
+
+        Raises:
+            MissingError: they do not say it.
+        """
+        if self.library == "timm":
+            from timm.data import create_transform, resolve_model_data_config
+
+            prepare = create_transform(**resolve_model_data_config(self.model), is_training=False)
+            return {"x": torch.stack([prepare(picture) for picture in pictures])}
+        if self.library == "open_clip":
+            from open_clip.transform import PreprocessCfg, image_transform_v2
+
+            prepare = image_transform_v2(PreprocessCfg(**self.model.visual.preprocess_cfg), is_train=False)
+            return {"image": torch.stack([prepare(picture) for picture in pictures])}
+        from transformers import AutoImageProcessor
+
+        if not (self.folder / PROCESSOR).is_file():
+            raise MissingError(f"{self.folder} has no {PROCESSOR}, which says how pictures are prepared")
+        prepare = AutoImageProcessor.from_pretrained(self.folder)
+        return {"pixel_values": prepare(images=list(pictures), return_tensors="pt")["pixel_values"]}
+
     def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        """What the model gives, on its own device, without a cache."""
+        """What the model gives, on its own device, without a cache; of a model of both, its tower for pictures."""
         device = next(self.model.parameters()).device
-        return self.model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False)
+        given = {name: tensor.to(device) for name, tensor in inputs.items()}
+        if self.library == "open_clip":
+            return self.model.encode_image(given["image"])
+        if "pixel_values" in given and hasattr(self.model, "get_image_features"):
+            return self.model.get_image_features(**given)
+        cache = {"use_cache": False} if self.is_language_model else {}
+        return self.model(**given, **cache)
 
     def scored(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) of `text_inputs`, and the tokens (B, T) that they should have predicted."""
@@ -125,11 +166,8 @@ def open_library_model(source: Source, like: Path | None = None) -> LibraryModel
     if "quantization_config" in config or any(about["bits"] is not None for about in facts.values()):
         raise RefusedError(f"{source.path} is quantized already: take the model that it was made from")
     model = model_of(library, source.tensors, folder, None)
-    if library != "hf":
-        raise ValueError(f"nothing is known of the structure of {library}'s {type(model).__name__}")
     masks = masks_of(map_file(source.path / MASKS), facts) if facts else {}
-    by_layer = {name.removesuffix(".weight"): mask for name, mask in masks.items()}
-    return LibraryModel(library, model, language_spec(model), folder, by_layer)
+    return LibraryModel(library, model, spec_of(model), folder, masks)
 
 
 def other_linears(model: nn.Module, layers: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Allow = tuple[str, ...]
 FLAGS = ("--dry_run", "--report")
 SAMPLES = 128
-OF_FILES = ("text", "length", "evaluate", "evaluate_samples", "format", "like", "max_shard_size", "report")
+OF_FILES = ("text", "pictures", "length", "evaluate", "evaluate_samples", "format", "like", "max_shard_size", "report")
 DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
 
 
@@ -86,6 +86,7 @@ def common_parser(verb: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
     texts = list[str] | str | None
     parser.add_argument("--text", type=texts, default=None, help="files to calibrate with: text, or jsonl with 'text'")
+    parser.add_argument("--pictures", type=str | None, default=None, help="folder to calibrate an image model with")
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window of text")
     parser.add_argument("--evaluate", type=texts, default=None, help="files to measure perplexity on, before and after")
     parser.add_argument("--evaluate_samples", type=int | None, default=None, help="first windows of it; default: all")
@@ -116,14 +117,21 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
     if (resolve(path) / MANIFEST_NAME).is_file() and read_manifest(path).settings.get("model"):
         refuse_options_of_files(path, options)
         return compress_checkpoint(verb, path, step_of(options, True), options, allow)
+    from fulgurite.backbones.library_models import open_library_model
+    from fulgurite.checkpoints.sources import open_source
     from fulgurite.commands import compress_model
+    from fulgurite.methods.packed_attention import exposed_attention
 
     if options.record is not None:
         raise ConfigError(f"--record {options.record}: {path} is no checkpoint of a run; give --text")
-    job = compress_model.prepared(path, step_of(options, options.text is not None), verb, options)
-    if options.dry_run:
-        return compress_model.preview(job, out)
-    return compress_model.carry_out(job, out, options.report, options.max_shard_size)
+    step = step_of(options, options.text is not None or options.pictures is not None)
+    source = open_source(path)
+    opened = open_library_model(source, None if options.like is None else Path(options.like))
+    with exposed_attention(opened.model):
+        job = compress_model.prepared(source, opened, step, verb, options)
+        if options.dry_run:
+            return compress_model.preview(job, out)
+        return compress_model.carry_out(job, out, options.report, options.max_shard_size)
 
 
 def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool = False) -> CalibrationSamples | None:
@@ -141,9 +149,9 @@ def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool
     from fulgurite.callbacks.compress_data import CalibrationSamples
 
     if measured and not with_data:
-        raise ConfigError("this method measures a model on data: give --text FILE, what the model reads")
-    if options.text is not None and not (measured or optional):
-        raise ConfigError("this method needs no data: leave out --text")
+        raise ConfigError("this method measures a model on data: give --text FILE or --pictures FOLDER, what it reads")
+    if (options.text or options.pictures) is not None and not (measured or optional):
+        raise ConfigError("this method needs no data: leave out --text and --pictures")
     return CalibrationSamples(options.samples, options.seed) if with_data and (measured or optional) else None
 
 

@@ -10,22 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
-from fulgurite.backbones.library_models import LibraryModel, open_library_model
+from fulgurite.backbones.library_models import LibraryModel
 from fulgurite.callbacks.compress_step import LAYERS, CompressAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
-from fulgurite.checkpoints.sources import Source, open_source
+from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
 from fulgurite.commands.compress_output import csv_of, show_layers, show_result
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console, plain_table, size_text
+from fulgurite.datamodules.picture_files import drawn_pictures
 from fulgurite.datamodules.text_windows import consecutive_windows, random_windows, token_ids
 from fulgurite.methods.compression import CompressedBlock, Compressor, matrices, totals
 from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.papers import papers_of
 from fulgurite.methods.quantization.compressed_tensors import require_fits
 from fulgurite.methods.quantization.quantized_weight import Compressed
@@ -37,6 +40,8 @@ if TYPE_CHECKING:
     from fulgurite.backbones.reload import Stored
 
 TOKENS_AT_ONCE = 2048  # of windows that run together
+AT_ONCE = 16  # pictures
+PICTURES = "vision"  # the tower that they go through
 REPORT_NAME = "layers.csv"
 
 
@@ -89,28 +94,26 @@ class Job:
         )
 
 
-def prepared(path: Path, step: CompressAtCheckpoint, verb: str, options: Any) -> Job:
-    """What the options ask for, found possible.
+def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, verb: str, options: Any) -> Job:
+    """What the options ask for, found possible, where the attentions of the model are exposed.
 
     Raises:
         ConfigError: an option that does not fit the model or the method.
         CheckpointError, DataError, ValueError: a file cannot be used; the text names it.
     """
-    device = device_named(options.device)
-    source = open_source(path)
-    opened = open_library_model(source, None if options.like is None else Path(options.like))
+    device, path = device_named(options.device), source.path
     if opened.masks and verb == "prune":
         raise ConfigError(f"{path} is pruned already: prune the model that it was made from, to the sparsity wanted")
-    if (options.text is not None or options.evaluate is not None) and not opened.is_language_model:
-        kind = type(opened.model).__name__
-        raise ConfigError(f"{path}: {kind} is no language model: leave out --text and --evaluate")
-    windows, data = calibration(opened, options)
+    require_readable(opened, path, step, options)
+    batches, data = calibration(opened, options)
     evaluation = evaluated(opened, options)
     opened.model.to(device)
-    batches = [] if windows is None else inputs_of(opened, windows)
+    if options.pictures is not None and step.towers is None:
+        step.towers = [PICTURES]
     walk = LayerWalk(opened.model, opened.spec, batches, opened.forward, towers=step.towers)
     weights = matrices(walk, step.layers)
-    masks = {name: mask for name, mask in opened.masks.items() if name in weights}
+    named = {tensor_name(opened.model, layer): layer for layer in weights}
+    masks = {named[name]: mask for name, mask in opened.masks.items() if name in named}
     compressor = copy.copy(step.compressor)
     if isinstance(step, QuantizeAtCheckpoint):
         compressor.keep_zeros(masks)
@@ -145,15 +148,37 @@ def files_of(given: str | list[str]) -> list[Path]:
     return [Path(each) for each in ([given] if isinstance(given, str) else given)]
 
 
-def calibration(opened: LibraryModel, options: Any) -> tuple[Tensor | None, dict[str, Any]]:
-    """Windows (samples, length), and what they are; nothing without text."""
+def require_readable(opened: LibraryModel, path: Path, step: CompressAtCheckpoint, options: Any) -> None:
+    """Refuse data that the model does not read, and scores that it does not give."""
+    kind = type(opened.model).__name__
+    for given, name in ((options.text, "text"), (options.pictures, "pictures")):
+        if given is not None and opened.reads != name:
+            raise ConfigError(f"--{name}: {kind} of {path} is measured on {opened.reads}: give --{opened.reads}")
+    if options.pictures is not None and set(step.towers or []) - {PICTURES}:
+        raise ConfigError(f"--towers {step.towers}: pictures go through the tower {PICTURES!r} alone; leave out others")
+    if opened.is_language_model:
+        return
+    if options.evaluate is not None:
+        raise ConfigError(f"--evaluate: {kind} of {path} is no language model and has no perplexity; leave it out")
+    if any(options.get(name) is not None for name in ("allocation", "task_circuit")):
+        raise ConfigError(f"allocation and task_circuit need a loss, and {kind} of {path} is no language model")
+
+
+def calibration(opened: LibraryModel, options: Any) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Batches, and what they are; none without data."""
+    if options.pictures is not None:
+        pictures = drawn_pictures(Path(options.pictures), options.samples, options.seed)
+        images = [to_pil_image(picture.pixels()) for picture in pictures]
+        batches = [opened.picture_inputs(images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)]
+        digest = digest_of_json([digest_of_tensor(tensor) for batch in batches for tensor in batch.values()])
+        return batches, {"samples": options.samples, "seed": options.seed, "data": digest}
     if options.text is None:
-        return None, {}
+        return [], {}
     require_length(opened, options.length)
     ids = token_ids(files_of(options.text), opened.tokenize)
     windows = random_windows(ids, options.samples, options.length, options.seed)
     facts = {"samples": options.samples, "length": options.length, "seed": options.seed, "tokens_of_text": len(ids)}
-    return windows, {**facts, "data": digest_of_tensor(windows)}
+    return inputs_of(opened, windows), {**facts, "data": digest_of_tensor(windows)}
 
 
 def evaluated(opened: LibraryModel, options: Any) -> Tensor | None:
@@ -186,7 +211,8 @@ def preview(job: Job, out: Path) -> int:
     table.add_row("towers", ", ".join(tower.name for tower in job.walk.towers))
     table.add_row("layers", f"{len(job.weights):,} with {job.num_weights:,} weights")
     if job.data:
-        table.add_row("calibration", f"{job.data['samples']} x {job.data['length']} tokens")
+        what = f"x {job.data['length']} tokens" if "length" in job.data else "pictures"
+        table.add_row("calibration", f"{job.data['samples']} {what}")
     table.add_row("layout", job.stored)
     console().print(table)
     return DONE

@@ -26,6 +26,7 @@ from fulgurite.checkpoints.companions import WEIGHTS
 from fulgurite.checkpoints.foreign import companions, copy_files, foreign_folder, record_files, require_space
 from fulgurite.checkpoints.manifest import write_manifest
 from fulgurite.checkpoints.tensorfile import write_tensors
+from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.quantization.compressed_tensors import quantization_config, scheme_of
 from fulgurite.methods.quantization.packing import to_compressed_tensors
 from fulgurite.methods.quantization.quantized_weight import Compressed
@@ -61,10 +62,11 @@ class Weights:
 def weights_of(opened: LibraryModel, results: Mapping[str, Compressed], layout: Stored) -> Weights:
     """The tensors of a model whose layers have become ``results``, as a layout stores them."""
     state, own = opened.state(), {}
-    schemes, masks, compressed = {}, {}, {}
+    schemes, masks, compressed, replaced = {}, {}, {}, set()
     for layer, result in results.items():
-        name = f"{layer}.weight"
+        name = tensor_name(opened.model, layer)
         parts, facts = stored(name, result, input_width(opened.model.get_submodule(layer))[1])
+        replaced.add(name)
         bits = {key: tensor for key, tensor in parts.items() if key == f"{name}.mask"}
         if layout == COMPRESSED_TENSORS and result.quantized is not None:
             schemes[layer] = scheme_of(result.quantized)
@@ -75,7 +77,7 @@ def weights_of(opened: LibraryModel, results: Mapping[str, Compressed], layout: 
         own |= {key: tensor for key, tensor in parts.items() if layout == "own" or key not in bits}
         if facts:
             compressed[name] = facts
-    whole = {name: tensor for name, tensor in state.items() if name.removesuffix(".weight") not in results} | own
+    whole = {name: tensor for name, tensor in state.items() if name not in replaced} | own
     size, entries = num_bytes(own) + num_bytes(masks), sum(each.weight.numel() for each in results.values())
     return Weights(
         layout,
