@@ -12,6 +12,7 @@ from torch import nn
 from fulgurite.backbones.specs import spec_of
 from fulgurite.methods.compression import compressed_blocks, matrices, matrix
 from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.packed_attention import exposed_attention
 from fulgurite.methods.pruning.wanda import Wanda
 from fulgurite.methods.quantization.gptq import Gptq
 from fulgurite.methods.quantization.norm_fusing import fuse_norms
@@ -30,7 +31,6 @@ class Case:
     model: nn.Module
     inputs: dict[str, Any]
     towers: dict[str, int]
-    packed: bool = False  # projections that are not called as modules
 
 
 def ids(generator):
@@ -65,13 +65,13 @@ def of_open_clip(name="CLIP", vision=None, text=None):
     text = text or {"layers": 2, "width": 16, "heads": 2, "context_length": 8, "vocab_size": 40}
     generator = torch.Generator().manual_seed(1)
     model = getattr(open_clip, name)(embed_dim=8, vision_cfg=vision, text_cfg=text)
-    return Case(model, {"image": pixels(generator), "text": ids(generator)}, {"vision": 2, "text": 2}, packed=True)
+    return Case(model, {"image": pixels(generator), "text": ids(generator)}, {"vision": 2, "text": 2})
 
 
 def with_trunk():
     trunk = {"timm_model_name": "test_vit2", "image_size": 16, "timm_pool": "", "timm_proj": "linear"}
     case = of_open_clip("CustomTextCLIP", vision={**trunk, "timm_model_pretrained": False})
-    return Case(case.model, case.inputs, {"vision": len(case.model.visual.trunk.blocks), "text": 2}, packed=True)
+    return Case(case.model, case.inputs, {"vision": len(case.model.visual.trunk.blocks), "text": 2})
 
 
 def with_bert():
@@ -131,8 +131,9 @@ def case(request):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         made = CASES[request.param]()
-    made.model.eval()
-    return made
+    spec = spec_of(made.model.eval())
+    with exposed_attention(made.model, "|".join(rf"{tower.blocks}\..*" for tower in spec.towers)):
+        yield made
 
 
 def is_linear(module):
@@ -169,7 +170,9 @@ def test_shared_inputs_are_all_those_that_a_pass_shows(case):
     """Layers of one block that are given the very same tensors, call by call, are one group; and no others."""
     spec, kept = spec_of(case.model), []
     blocks = spec.all_block_names(case.model)
-    seen = {name: [next(f"{block}." for block in blocks if name.startswith(block))] for name in layers_of(case)}
+    seen = {
+        name: [next(f"{block}." for block in blocks if name.startswith(block))] for name in layers_in_lists(case.model)
+    }
 
     def note(name, x):
         kept.append(x)  # so that no other tensor takes its identity
@@ -188,26 +191,18 @@ def test_shared_inputs_are_all_those_that_a_pass_shows(case):
     stated = owners(case.model, list(seen), spec.shared_inputs)
     assert {frozenset(n for n in stated if stated[n] == owner) for owner in stated.values()} == expected
     walk = LayerWalk(case.model, spec, [case.inputs], lambda batch: case.model(**batch))
-    pattern = "|".join(map(re.escape, seen))
-    assert {frozenset(each) for block in walk for each in block.input_groups(block.linears(pattern))} == expected
-
-
-def layers_of(case):
-    """Linear layers that a pass calls as modules."""
-    pattern = r".*\.attn\.out_proj" if case.packed else r""
-    return sorted(name for name in layers_in_lists(case.model) if not re.fullmatch(pattern, name))
+    assert {frozenset(each) for block in walk for each in block.input_groups(block.linears())} == expected
 
 
 @pytest.mark.parametrize("compressor", [Wanda(0.5), Gptq(4, 4)], ids=lambda each: type(each).__name__)
 def test_every_block_is_compressed_on_its_inputs(case, compressor):
-    model, chosen = copy.deepcopy(case.model), layers_of(case)
-    pattern = "|".join(map(re.escape, chosen))
+    model = copy.deepcopy(case.model)
     walk = LayerWalk(model, spec_of(model), [case.inputs] * 2, lambda batch: model(**batch))
-    compressor.begin(matrices(walk, pattern))
+    compressor.begin(matrices(walk))
     reports = {}
-    for done in compressed_blocks(walk, compressor, pattern):
+    for done in compressed_blocks(walk, compressor):
         reports |= done.reports
-    assert sorted(reports) == chosen
+    assert reports.keys() == layers_in_lists(case.model)
     for name, report in reports.items():
         before = matrix(case.model.get_submodule(name))
         assert report.shape == before.shape
@@ -218,7 +213,7 @@ def test_every_block_is_compressed_on_its_inputs(case, compressor):
             assert report.bits == 4
             assert report.error < 0.1
     rest = {n.removesuffix(".weight") for n, tensor in case.model.state_dict().items() if n.endswith(".weight")}
-    for name in rest - set(chosen):
+    for name in rest - reports.keys():
         assert torch.equal(model.get_submodule(name).weight, case.model.get_submodule(name).weight)
 
 
