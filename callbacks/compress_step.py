@@ -20,11 +20,12 @@ from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
 from fulgurite.callbacks.compress_data import CalibrationSamples, Inputs, calibration_batches, loss_of, walk_over
+from fulgurite.callbacks.compressed_state import masked, whole_state
 from fulgurite.callbacks.merge_step import documents_of
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.callbacks.steps import MADE_FROM, Context, Step, described
-from fulgurite.checkpoints import Manifest, digest_of_json, load_tensors, read_manifest
+from fulgurite.checkpoints import digest_of_json, read_manifest
 from fulgurite.checkpoints.card import CARD_NAME, STEPS, card
 from fulgurite.checkpoints.shards import SHARDS
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
@@ -42,9 +43,8 @@ from fulgurite.methods.compression import (
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.papers import papers_of
 from fulgurite.methods.quantization.quantized_weight import Compressed
-from fulgurite.methods.quantization.storage import COMPRESSED, masks_of, stored
-from fulgurite.methods.statistics.gram import input_width
-from fulgurite.modules.adapted import BACKBONE, BACKBONE_DIGEST, AdaptedModule
+from fulgurite.methods.quantization.storage import COMPRESSED
+from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
 from fulgurite.modules.compression import Compressible
 
 LAYERS = "layers"
@@ -55,6 +55,9 @@ OF_STEPS = ("merger", "weights", *STEPS)
 
 class CompressAtCheckpoint(Step):
     """Gives the linear layers of a backbone's blocks new weights; a subclass says by what.
+
+    Memory, in every process: the second module, its compressed matrices once more on the CPU, the hidden states of the
+    calibration batches, and what one block and the compressor take.
 
     Attributes:
         verb: under which the card and ``settings`` name it.
@@ -285,55 +288,3 @@ def built(source: Path, context: Context) -> AdaptedModule:
     require_backbone(module, str(source))
     module.self_contained = True
     return module.eval()
-
-
-def masked(name: str, result: Compressed, mask: Tensor | None, compressor: Compressed) -> Compressed:
-    """``result`` with the mask of an earlier pruning.
-
-    Raises:
-        ValueError: weights that were pruned are not 0.
-    """
-    if mask is None:
-        return result
-    if result.weight[~mask].any():
-        raise ValueError(f"{name}: {type(compressor).__name__} gave weights that were pruned other values than 0")
-    return Compressed(result.weight, result.quantized, mask, result.loss, result.damping)
-
-
-def source_masks(source: Path) -> dict[str, Tensor]:
-    """Masks (out, in) of what was pruned in a checkpoint, by name of the layer in the backbone."""
-    facts = read_manifest(source).facts.get(COMPRESSED, {})
-    names = [f"{name}.mask" for name in facts if f"{name}.mask" in read_manifest(source).tensors["weights.safetensors"]]
-    masks = masks_of(load_tensors(source, names=names), facts) if names else {}
-    return {layer_of(name): mask for name, mask in masks.items()}
-
-
-def layer_of(tensor: str) -> str:
-    """Name in the backbone of the layer whose weight is ``tensor`` in the module."""
-    return tensor.removeprefix(BACKBONE).removesuffix(".weight")
-
-
-def whole_state(
-    module: AdaptedModule, results: Mapping[str, Compressed], source: Path, manifest: Manifest
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a compressed module as they are stored, and the facts of the compressed ones.
-
-    What was compressed in the source and is none of ``results`` stays as it was stored there.
-    """
-    tensors = {name: tensor.cpu() for name, tensor in module.state_dict().items()}
-    new = {f"{BACKBONE}{layer}.weight": (layer, result) for layer, result in results.items()}
-    before = {name: about for name, about in manifest.facts.get(COMPRESSED, {}).items() if name not in new}
-    parts = [n for n in manifest.tensors["weights.safetensors"] if n.rpartition(".")[0] in before]
-    compressed = dict(before)
-    for name, about in before.items():
-        if about["bits"] is not None:
-            del tensors[name]
-    tensors |= load_tensors(source, names=parts) if parts else {}
-    for name, (layer, result) in new.items():
-        transposed = input_width(module.backbone.get_submodule(layer))[1]
-        own, facts = stored(name, result, transposed)
-        if facts:
-            del tensors[name]
-            tensors |= own
-            compressed[name] = facts
-    return tensors, compressed

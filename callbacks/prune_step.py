@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.callbacks.compress_data import CalibrationSamples
-from fulgurite.callbacks.compress_step import CompressAtCheckpoint, layer_of
+from fulgurite.callbacks.compress_step import CompressAtCheckpoint
+from fulgurite.callbacks.compressed_state import layer_of
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
 from fulgurite.methods.calibration import Loss

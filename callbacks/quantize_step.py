@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.callbacks.compress_data import CalibrationSamples
-from fulgurite.callbacks.compress_step import CompressAtCheckpoint, source_masks
+from fulgurite.callbacks.compress_step import CompressAtCheckpoint
+from fulgurite.callbacks.compressed_state import source_masks
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.methods.calibration import Loss
 from fulgurite.methods.compression import Compressor, TokenWeights, matrices
