@@ -94,7 +94,9 @@ def common_parser(verb: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--max_shard_size", type=str, default=DEFAULT_SHARDS, help="of one file of weights")
     parser.add_argument("--record", type=str | None, default=None, help="config of a run with its data; default: own")
     parser.add_argument("--device", type=str, default="auto", help="as cuda:1; auto takes a GPU if any")
-    parser.add_argument("--report", type=bool, default=False, help="add layers.csv: figures of every layer")
+    parser.add_argument(
+        "--report", type=bool, default=False, help="add layers.csv and report.html: figures of every layer"
+    )
     parser.add_argument("--dry_run", type=bool, default=False, help="say what would be done; write nothing")
     parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
     return parser
@@ -127,7 +129,7 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
     step = step_of(options, options.text is not None or options.pictures is not None)
     source = open_source(path)
     opened = open_library_model(source, None if options.like is None else Path(options.like))
-    with exposed_attention(opened.model):
+    with exposed_attention(opened.model, opened.spec.inside_blocks):
         job = compress_model.prepared(source, opened, step, verb, options)
         if options.dry_run:
             return compress_model.preview(job, out)

@@ -91,6 +91,11 @@ class ModelSpec:
         """Names of the blocks of all towers, in the order in which data flows through them."""
         return [name for tower in self.towers for name in self.block_names(root, tower.name)]
 
+    @property
+    def inside_blocks(self) -> str:
+        """Full pattern of the names of what lies inside the blocks of all towers."""
+        return "|".join(rf"(?:{tower.blocks})\..*" for tower in self.towers)
+
     def point_names(self, root: nn.Module, point: str) -> list[str]:
         """Names of the modules at the public place ``point``, in order."""
         if point not in self.points:

@@ -132,7 +132,7 @@ def case(request):
         torch.manual_seed(0)
         made = CASES[request.param]()
     spec = spec_of(made.model.eval())
-    with exposed_attention(made.model, "|".join(rf"{tower.blocks}\..*" for tower in spec.towers)):
+    with exposed_attention(made.model, spec.inside_blocks):
         yield made
 
 
