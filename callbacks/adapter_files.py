@@ -36,8 +36,8 @@ from fulgurite.methods.adapters.bank import AdapterBank
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.peft_format import from_peft, to_peft
 from fulgurite.methods.adapters.replace import Replace
+from fulgurite.methods.sharding import reshard
 from fulgurite.modules.adapted import INITIAL, AdaptedModule
-from fulgurite.modules.sharding import reshard
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from fulgurite.callbacks.finite import local
 from fulgurite.methods.pruning.gradual import cubic_sparsity, grown_mask
 from fulgurite.methods.quantization.storage import packed_mask, unpacked_mask
-from fulgurite.modules.sharding import distribute, reshard
+from fulgurite.methods.sharding import reshard
+from fulgurite.modules.sharding import distribute
 
 
 @dataclass

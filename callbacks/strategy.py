@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from fulgurite.callbacks.checkpoint_io import DigestCheckpointIO, manifest_fields, stored_form
 from fulgurite.callbacks.shard_writer import write_shards
 from fulgurite.checkpoints.shards import Stored
-from fulgurite.modules.sharding import distribute, reshard
+from fulgurite.methods.sharding import reshard
+from fulgurite.modules.sharding import distribute
 
 
 class ModelParallelStrategy(strategies.ModelParallelStrategy):

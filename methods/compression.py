@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.layer_walk import Block, LayerWalk
 from fulgurite.methods.quantization.quantized_weight import Compressed
+from fulgurite.methods.sharding import OnDemand, reshard, whole, write
 from fulgurite.methods.statistics.gram import input_width
 
 log = logging.getLogger(__name__)
@@ -139,6 +141,7 @@ def compressed_blocks(
     for block in walk:
         layers = block.linears(pattern)
         if (known := done(block.name)) is not None:
+            reshard(block.module)
             for name, result in known.items():
                 put(layers[name], result.weight)
             yield CompressedBlock(block, dict(known), {})
@@ -152,6 +155,7 @@ def compressed_blocks(
                 for together in names:
                     grams = block.grams(together, weights, diagonal=compressor.needs == "energies")
                     moments.update(grams.means())
+            reshard(block.module)
             solved = solve(walk, compressor, {n: layers[n] for each in names for n in each}, moments)
             for name, (result, error, seconds) in solved.items():
                 put(layers[name], result.weight)
@@ -173,12 +177,21 @@ def groups_of(block: Block, layers: Mapping[str, nn.Module], compressor: Compres
 def solve(
     walk: LayerWalk, compressor: Compressor, layers: Mapping[str, nn.Module], moments: Mapping[str, Tensor]
 ) -> dict[str, tuple[Compressed, float, float]]:
-    """Result, error and seconds of every layer, on every rank; each is solved on one of them."""
+    """Result, error and seconds of every layer, on every rank; each is solved on one of them.
+
+    Memory: of sharded layers, the whole weights of those that are solved here.
+    """
+    names = walk.ranks.share({name: cost(module) for name, module in layers.items()})
+    weights = {}
+    for name, module in layers.items():  # all ranks gather all of them
+        weight = matrix(module)
+        if name in names:
+            weights[name] = weight
 
     def own() -> dict[str, tuple[Compressed, float, float]]:
         out = {}
-        for name in walk.ranks.share({name: cost(module) for name, module in layers.items()}):
-            begin, weight = time.perf_counter(), matrix(layers[name])
+        for name in names:
+            begin, weight = time.perf_counter(), weights.pop(name)
             try:
                 result = compressor.compress(name, weight, moments.get(name))
             except ValueError as error:
@@ -198,23 +211,26 @@ def cost(module: nn.Module) -> int:
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer as (out, in)."""
-    return module.weight.detach().T if input_width(module)[1] else module.weight.detach()
+    """The weight of a linear layer as (out, in). Of a sharded one, whole: a collective."""
+    weight = whole(module.weight.detach())
+    return weight.T if input_width(module)[1] else weight
 
 
-@torch.no_grad()
 def put(module: nn.Module, weight: Tensor) -> None:
-    """Give a linear layer the weight (out, in), in the place and type of its own."""
-    module.weight.copy_(weight.T if input_width(module)[1] else weight)
+    """Give a linear layer the weight (out, in), in the place and type of its own. Of a sharded one, its slice."""
+    write(module.weight.detach(), weight.T if input_width(module)[1] else weight)
 
 
-def matrices(walk: LayerWalk, pattern: str | None = None) -> dict[str, Tensor]:
+def matrices(walk: LayerWalk, pattern: str | None = None) -> Mapping[str, Tensor]:
     """Every weight (out, in) that a walk would compress, by the name of its layer.
+
+    Those of a sharded model are gathered one at a time, each when it is asked for, by all ranks.
 
     Raises:
         ValueError: there is none, or another module holds the same tensor.
     """
-    out: dict[str, Tensor] = {}
+    reshard(walk.model)
+    found: dict[str, nn.Module] = {}
     holders: dict[int, list[str]] = {}
     for name, module in walk.model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -223,11 +239,13 @@ def matrices(walk: LayerWalk, pattern: str | None = None) -> dict[str, Tensor]:
         for layer, module in block.linears(pattern).items():
             if others := [name for name in holders[id(module.weight)] if name != layer]:
                 raise ValueError(f"{layer} and {others[0]} are one tensor, which one result cannot fit: leave it out")
-            out[layer] = matrix(module)
-    if not out:
+            found[layer] = module
+    if not found:
         where = "the blocks hold no linear layer" if pattern is None else f"layers={pattern!r} matches no linear layer"
         raise ValueError(f"{where} of {[tower.name for tower in walk.towers]}")
-    return out
+    if walk.sharded:
+        return OnDemand({layer: partial(matrix, module) for layer, module in found.items()})
+    return {layer: matrix(module) for layer, module in found.items()}
 
 
 def blocks_of(walk: LayerWalk) -> Iterator[Block]:

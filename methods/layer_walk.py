@@ -12,6 +12,8 @@ earlier ones have become. Where a block does not take exactly what the one befor
 them, or it reads what an earlier one gave beside), its inputs are caught in the same way, and this is logged. All other
 arguments of a block (masks, positions, the states that cross-attention reads) are those of that catch. Memory: the
 hidden states of all batches, two of them on the device.
+
+Blocks may be units of FSDP2. Every rank then makes the same passes: whole ones, over as many batches.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.methods.ranks import ALONE, Ranks
+from fulgurite.methods.sharding import is_sharded
 from fulgurite.methods.statistics.gram import GramStatistics, input_width
 from fulgurite.methods.structure import ModelSpec, Tower
 
@@ -154,7 +157,7 @@ class Block:
 
         def look() -> None:
             outputs = self.outputs()
-            while missing:
+            while missing or self.walk.sharded:
                 with watching({name: layers[name] for name in missing}, note):
                     if next(outputs, None) is None:
                         break
@@ -242,13 +245,16 @@ class LayerWalk:
         self.model, self.spec, self.batches, self.forward = model, spec, list(batches), forward
         self.masks, self.ranks = masks, ranks
         self.towers = [tower for tower in spec.towers if towers is None or tower.name in towers]
-        self.device = next(model.parameters()).device
+        self.device, self.sharded = next(model.parameters()).device, is_sharded(model)
         self.storage = torch.device("cpu") if offload else self.device
 
     def __iter__(self) -> Iterator[Block]:
-        without = [rank for rank, count in enumerate(self.ranks.gather(len(self.batches))) if not count]
+        counts = self.ranks.gather(len(self.batches))
+        without = [rank for rank, count in enumerate(counts) if not count]
         if without and len(without) < self.ranks.size:
             raise ValueError(f"ranks {without} have no calibration data: give every process a batch")
+        if self.sharded and len(set(counts)) > 1:
+            raise ValueError(f"ranks have {counts} batches, and the blocks are sharded: give every process as many")
         if self.batches:
             self.ranks.agree(self._require_one_call)
         for tower in self.towers:
@@ -292,6 +298,13 @@ class LayerWalk:
         outputs: list[Tensor] = []
         written: list[int] = []  # how often, by then
         memo: dict[int, tuple[Tensor, Tensor]] = {}
+        ended = False
+
+        def enough() -> None:
+            nonlocal ended
+            ended = True
+            if not self.sharded:  # else the pass goes on, since all ranks gather the weights of every block together
+                raise _Enough
 
         def stored(tensor: Tensor) -> Tensor:
             # The same mask goes into every block, and is kept once.
@@ -300,6 +313,8 @@ class LayerWalk:
             return memo[id(tensor)][1]
 
         def before(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if ended:
+                return
             if number < len(calls):
                 raise ValueError(f"{names[number]} is called more than once by a batch, so it has no one input")
             if number and not calls:
@@ -310,7 +325,8 @@ class LayerWalk:
             if number:
                 beside = any(value is each for value in values if value is not expected for each in outputs)
                 if number != len(calls) or hits != 1 or beside or expected._version != written[-1]:
-                    raise _Enough
+                    enough()
+                    return
             else:
                 if expected is None or hits != 1:
                     raise ValueError(f"{names[0]} is given its hidden states {hits} times, expected once")
@@ -323,10 +339,12 @@ class LayerWalk:
             )
 
         def after(number: int, output: Any) -> None:
+            if ended:
+                return
             outputs.append(hidden_of(output, names[number]))
             written.append(outputs[-1]._version)
             if number == len(names) - 1:
-                raise _Enough
+                enough()
 
         hooks = []
         for number, module in enumerate(modules):
@@ -340,11 +358,13 @@ class LayerWalk:
             with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their writes
                 self.forward(batch)
         except _Enough:
-            return first[0], calls
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
-        raise ValueError(f"{names[len(calls)]} is not reached by a forward pass")
+        if not ended:
+            raise ValueError(f"{names[len(calls)]} is not reached by a forward pass")
+        return first[0], calls
 
 
 def matrices_of(module: nn.Module) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from fulgurite.backbones.base import FrozenBackbone
 from fulgurite.checkpoints import Manifest, MismatchError
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
+from fulgurite.methods.sharding import reshard
 from fulgurite.modules.facts import check_epochs, describe_difference, read_facts, require_same_tensors, stage_names
 from fulgurite.modules.optimization import (
     ParamGroup,
@@ -33,7 +34,7 @@ from fulgurite.modules.optimization import (
     require_same_optimizer,
     steps_of_stages,
 )
-from fulgurite.modules.sharding import reshard, shard_blocks
+from fulgurite.modules.sharding import shard_blocks
 from fulgurite.samples import Collator, DataInfo, Stage, stage_of
 
 INITIAL = "initial"

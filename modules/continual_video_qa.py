@@ -25,13 +25,13 @@ from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.routing.base import Router
 from fulgurite.methods.routing.centroid import CentroidRouter
 from fulgurite.methods.schedules import Schedule
+from fulgurite.methods.sharding import reshard
 from fulgurite.metrics.answer_counts import mean_of_known
 from fulgurite.metrics.continual_accuracy import continual_scores
 from fulgurite.modules.adapted import INITIAL
 from fulgurite.modules.evaluation import evaluation_mode
 from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mode_weights
 from fulgurite.modules.optimization import ParamGroup
-from fulgurite.modules.sharding import reshard
 from fulgurite.modules.video_qa import VideoQA
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import ContinualTest, sections_of_continual

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from fulgurite.checkpoints import MismatchError, read_manifest
 from fulgurite.methods.quantization.storage import load_dense
+from fulgurite.methods.sharding import reshard
 from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
-from fulgurite.modules.sharding import distribute, reshard
+from fulgurite.modules.sharding import distribute
 from fulgurite.samples import Batch, batches_within
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fulgurite.checkpoints import MismatchError
@@ -22,16 +22,6 @@ def shard_blocks(module: nn.Module, backbone: nn.Module, spec: ModelSpec, mesh: 
         for name in spec.block_names(backbone, tower.name):
             fully_shard(backbone.get_submodule(name), mesh=mesh)
     fully_shard(module, mesh=mesh)
-
-
-def reshard(module: nn.Module) -> None:
-    """Put every FSDP2 unit back to slices, to read and write values in place.
-
-    After a forward pass without gradients some units still hold whole parameters.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
 
 
 @torch.no_grad()
