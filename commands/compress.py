@@ -94,9 +94,7 @@ def common_parser(verb: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--max_shard_size", type=str, default=DEFAULT_SHARDS, help="of one file of weights")
     parser.add_argument("--record", type=str | None, default=None, help="config of a run with its data; default: own")
     parser.add_argument("--device", type=str, default="auto", help="as cuda:1; auto takes a GPU if any")
-    parser.add_argument(
-        "--report", type=bool, default=False, help="add layers.csv and report.html: figures of every layer"
-    )
+    parser.add_argument("--report", type=bool, default=False, help="add layers.csv and report.html, on every layer")
     parser.add_argument("--dry_run", type=bool, default=False, help="say what would be done; write nothing")
     parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
     return parser

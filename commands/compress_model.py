@@ -19,7 +19,7 @@ from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
-from fulgurite.commands.compress_output import csv_of, show_layers, show_result
+from fulgurite.commands.compress_output import documents_of, show_layers, show_result
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
 from fulgurite.commands.progress import progress
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 TOKENS_AT_ONCE = 2048  # of windows that run together
 AT_ONCE = 16  # pictures
 PICTURES = "vision"  # the tower that they go through
-REPORT_NAME = "layers.csv"
 
 
 @dataclass
@@ -229,7 +228,9 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
     facts["totals"] = {**totals(reports), "stored_bits": weights.stored_bits}
     manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
     try:
-        write(job.opened, weights, out, manifest, {REPORT_NAME: csv_of(reports)} if report else {}, max_shard_size)
+        write(
+            job.opened, weights, out, manifest, documents_of(reports, manifest, out) if report else {}, max_shard_size
+        )
     except MismatchError:
         blocks.remove()
         raise

@@ -5,11 +5,19 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from fulgurite.checkpoints import Manifest
+from fulgurite.checkpoints.card import method_of, visible
+from fulgurite.checkpoints.lineage import lineage_of
 from fulgurite.commands.tables import console, plain_table, size_text
 from fulgurite.methods.compression import LayerReport, totals
+from fulgurite.reports.compression import compression_sections
+from fulgurite.reports.merging import sections_of_lineage
+from fulgurite.reports.page import render_page
 
+REPORT_NAME, PAGE_NAME = "layers.csv", "report.html"
 SHOWN = 8  # layers with the largest error in the table
 
 
@@ -48,6 +56,15 @@ def show_result(verb: str, figures: Mapping[str, Any], out: Any) -> None:
         soft_wrap=True,
     )
     screen.print(f"{verb}d: {out}, equal to the live model in a fresh process", soft_wrap=True)
+
+
+def documents_of(reports: Sequence[LayerReport], manifest: Manifest, out: Path) -> dict[str, bytes]:
+    """The table of layers, and a page with pictures of it."""
+    software = {name: str(version) for name, version in manifest.facts["software"].items()}
+    sections = compression_sections(out.name, reports, manifest.facts.get("importance"))
+    sections += sections_of_lineage(lineage_of(manifest, out))
+    page = render_page(visible(out.name), f"{len(reports)} layers by {method_of(manifest)}", sections, software)
+    return {REPORT_NAME: csv_of(reports), PAGE_NAME: page.encode()}
 
 
 def csv_of(reports: Sequence[LayerReport]) -> bytes:

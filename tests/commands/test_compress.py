@@ -111,6 +111,7 @@ def test_a_pruned_folder_is_what_the_library_loads_and_a_checkpoint_with_masks(l
     rows = list(csv.DictReader((out / "layers.csv").read_text().splitlines()))
     assert [row["name"] for row in rows] == [layer["name"] for layer in manifest.facts["layers"]]
     assert all(float(row["sparsity"]) == 0.5 and float(row["error"]) > 0 for row in rows)
+    assert "model.layers.1.mlp.up_proj" in (out / "report.html").read_text()
     assert not list(tmp_path.glob("*-partial"))
 
 
