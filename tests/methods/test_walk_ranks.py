@@ -1,0 +1,64 @@
+"""A walk of two processes, each with half of the batches, gives what one process gives."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fulgurite.checkpoints.tensorfile import map_file
+
+FOLDER = Path(__file__).parent
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # float64, whose sums over batches are taken in another order
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import walk_ranks
+    finally:
+        sys.path.remove(str(FOLDER))
+    return walk_ranks
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, FOLDER / "walk_ranks.py", root, address, str(rank)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-6000:] for text in texts)
+    return root
+
+
+@pytest.mark.parametrize("name", ["wanda", "gptq"])
+def test_two_processes_give_what_one_gives(name, script, root):
+    one = script.model()
+    errors = script.compressed(name, one)
+    two, other = (map_file(root / f"{name}-{rank}") for rank in range(2))
+    assert all(torch.equal(two[key], other[key]) for key in two)
+    torch.testing.assert_close(
+        two["errors"], torch.tensor([*errors.values()], dtype=two["errors"].dtype), rtol=1e-6, atol=0
+    )
+    before = script.model().state_dict()
+    changed = 0
+    for key, tensor in one.state_dict().items():
+        torch.testing.assert_close(two[key], tensor, **TOLERANCE)
+        assert torch.equal(two[key] == 0, tensor == 0)
+        changed += not torch.equal(tensor, before[key])
+    assert changed == len(errors) == 10
