@@ -19,6 +19,7 @@ from fulgurite.methods.compression import Compressor
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.base import Pruner
 from fulgurite.methods.pruning.ecoflap import Ecoflap
+from fulgurite.methods.pruning.iterative import Iterative
 from fulgurite.methods.quantization.storage import COMPRESSED
 
 
@@ -31,7 +32,7 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
             layers of its blocks where null.
         towers: names of the backbone's towers whose blocks are pruned; all where null.
         calibration: training samples that inputs are measured on, and the model is scored on; null for `Magnitude`
-            without an allocation.
+            without an allocation, and `Iterative` by magnitude.
         name: of artefact and figures; that of the pruner's class by default.
         allocation: sparsity of every layer by its importance for the loss, with the pruner's as target; all have the
             pruner's where null.
@@ -42,14 +43,20 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
 
     def __init__(
         self,
-        pruner: Pruner,
+        pruner: Pruner | Iterative,
         layers: str | None = None,
         towers: list[str] | None = None,
         calibration: CalibrationSamples | None = None,
         name: str | None = None,
         allocation: Ecoflap | None = None,
     ) -> None:
-        super().__init__(pruner, layers, towers, calibration, name, scored=allocation is not None)
+        in_rounds = isinstance(pruner, Iterative)
+        scored = allocation is not None or (in_rounds and pruner.score == "gradient")
+        super().__init__(pruner, layers, towers, calibration, name, scored)
+        if allocation is not None and in_rounds:
+            raise ValueError(
+                "allocation gives every layer its sparsity, and Iterative ranks all together: leave it out"
+            )
         if allocation is not None and (pruner.sparsities or getattr(pruner, "scope", "matrix") != "matrix"):
             raise ValueError("allocation gives every layer its sparsity: leave out the pruner's sparsities and scope")
         if allocation is not None and pruner.sparsity != allocation.target:
@@ -75,7 +82,9 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         return {}
 
     def score(self, compressor: Compressor, walk: LayerWalk, loss: Loss, saved: SavedBlocks) -> dict[str, Any]:
-        """Allocate sparsities, where that is wanted."""
+        """Find the masks of a pruner of rounds; allocate sparsities, where that is wanted."""
+        if isinstance(compressor, Iterative):
+            compressor.find(walk, loss, self.layers)
         if self.allocation is None:
             return {}
 

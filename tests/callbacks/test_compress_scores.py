@@ -18,6 +18,7 @@ from fulgurite.checkpoints import load_tensors, read_manifest
 from fulgurite.cli import main
 from fulgurite.commands.statistics import data_of
 from fulgurite.methods.pruning.ecoflap import Ecoflap
+from fulgurite.methods.pruning.iterative import Iterative
 from fulgurite.methods.pruning.magnitude import Magnitude
 from fulgurite.methods.pruning.wanda import Wanda
 from fulgurite.methods.quantization.bit_budget import BitBudget
@@ -155,6 +156,21 @@ def test_bits_circuit_and_important_tokens_make_one_model(parts, tmp_path):
         )
 
 
+def test_a_pruner_of_rounds_finds_its_masks_in_the_whole_model(parts, tmp_path):
+    step = PruneAtCheckpoint(Iterative(0.5, rounds=2), calibration=SAMPLES)
+    out = step([parts[0]], context_of(parts, tmp_path / "out"))
+    module = fulgurite.load(parts[0])
+    context = context_of(parts, tmp_path)
+    batches, _ = calibration_batches(module, SAMPLES, context)
+    masks = Iterative(0.5, rounds=2).find(walk_over(module, batches, context, None), loss_of(module, context))
+    found = load_dense(out)
+    for name, mask in masks.items():
+        assert torch.equal(found[f"backbone.{name}.weight"], module.backbone.get_parameter(f"{name}.weight") * mask)
+    with pytest.raises(ValueError, match="iterative is measured on data: set calibration"):
+        PruneAtCheckpoint(Iterative(0.5))
+    PruneAtCheckpoint(Iterative(0.5, score="magnitude"))
+
+
 def test_options_that_would_do_nothing_are_refused():
     with pytest.raises(ValueError, match="Rtn measures none: leave it out"):
         QuantizeAtCheckpoint(Rtn(), importance=TokenImportance())
@@ -164,5 +180,7 @@ def test_options_that_would_do_nothing_are_refused():
         QuantizeAtCheckpoint(Rtn(), task_circuit=TaskCircuit())
     with pytest.raises(ValueError, match=r"allocation\.target=0\.5 and the pruner's sparsity=0\.4: give the same"):
         PruneAtCheckpoint(Wanda(0.4), calibration=SAMPLES, allocation=Ecoflap(0.5))
+    with pytest.raises(ValueError, match="Iterative ranks all together: leave it out"):
+        PruneAtCheckpoint(Iterative(0.5), calibration=SAMPLES, allocation=Ecoflap(0.5))
     with pytest.raises(ValueError, match="leave out the pruner's sparsities and scope"):
         PruneAtCheckpoint(Magnitude(0.5, scope="global"), calibration=SAMPLES, allocation=Ecoflap(0.5))
