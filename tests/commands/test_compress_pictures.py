@@ -41,6 +41,14 @@ def clip(folder):
     prepare(folder, "CLIPImageProcessor")
 
 
+def siglip(folder):
+    """It pools by an attention whose keys are not its queries."""
+    from transformers import SiglipConfig, SiglipModel
+
+    SiglipModel(SiglipConfig(text_config=SIZES | TEXT, vision_config=SIZES | PICTURE)).save_pretrained(folder)
+    prepare(folder, "SiglipImageProcessor")
+
+
 def prepare(folder, name):
     import transformers
 
@@ -79,7 +87,7 @@ def pictures(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("make", [vit, clip, timm_vit, open_clip_vit])
+@pytest.mark.parametrize("make", [vit, clip, siglip, timm_vit, open_clip_vit])
 def test_a_tower_for_pictures_is_compressed(make, pictures, tmp_path, in_process):
     folder, pruned, out = tmp_path / "model", tmp_path / "pruned", tmp_path / "out"
     torch.manual_seed(0)
@@ -92,7 +100,7 @@ def test_a_tower_for_pictures_is_compressed(make, pictures, tmp_path, in_process
     assert main(["quantize", str(pruned), *gptq, *given, "--out", str(out)]) == 0
     opened = open_library_model(open_source(folder))
     images = [Image.open(picture.path) for picture in drawn_pictures(pictures, 5, 0)]
-    with exposed_attention(opened.model), torch.no_grad():
+    with exposed_attention(opened.model, opened.spec.inside_blocks), torch.no_grad():
         walk = LayerWalk(opened.model, opened.spec, [opened.picture_inputs(images)], opened.forward, towers=["vision"])
         masks = {}
         for compressor in (Wanda(0.5), Gptq(3, 8)):
