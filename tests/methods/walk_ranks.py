@@ -1,4 +1,4 @@
-"""Run by test_walk_ranks.py in two processes: compresses a model, each process with every other batch."""
+"""Run by test_walk_ranks.py in two processes: compresses models, whole and sharded, each with every other batch."""
 
 import sys
 from datetime import timedelta
@@ -7,16 +7,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from fulgurite.checkpoints.tensorfile import write_tensors
 from fulgurite.methods.compression import compressed_blocks, matrices
 from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.pruning.magnitude import Magnitude
 from fulgurite.methods.pruning.wanda import Wanda
 from fulgurite.methods.quantization.gptq import Gptq
 from fulgurite.methods.ranks import ALONE, Ranks
+from fulgurite.methods.sharding import reshard, whole
 from fulgurite.methods.structure import ModelSpec, Tower
 
-COMPRESSORS = {"wanda": Wanda(0.5), "gptq": Gptq(4, group_size=4)}
+COMPRESSORS = {"magnitude": Magnitude(0.5, scope="global"), "wanda": Wanda(0.5), "gptq": Gptq(4, group_size=4)}
 SPEC = ModelSpec((Tower("text", r"blocks\.\d+", 2, 8),))
 
 
@@ -60,8 +64,16 @@ def batches():
     return [torch.randint(3, 40, (2, 6 + i), generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
 
-def compressed(name, own, ranks=ALONE):
-    """Errors by layer, after ``own`` was compressed."""
+def sharded(how):
+    """A model whose blocks are units of FSDP2, and the rest too where ``how`` is ``root``."""
+    own, mesh = model(), init_device_mesh("cpu", (2,))
+    for block in own.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(own, mesh=mesh) if how == "root" else own
+
+
+def compressed(name, own, ranks=ALONE, done=lambda block: None):
+    """Errors by layer, after ``own`` was compressed; and what became of every block."""
     walk = LayerWalk(
         own,
         SPEC,
@@ -72,15 +84,34 @@ def compressed(name, own, ranks=ALONE):
     )
     compressor = COMPRESSORS[name]
     compressor.begin(matrices(walk))
-    return {layer: each.error for done in compressed_blocks(walk, compressor) for layer, each in done.reports.items()}
+    blocks = list(compressed_blocks(walk, compressor, done=done))
+    errors = {layer: each.error for block in blocks for layer, each in block.reports.items()}
+    return errors, {block.block.name: block.results for block in blocks}
 
 
 def main(root, address, rank):
     dist.init_process_group("gloo", address, timedelta(seconds=120), rank=rank, world_size=2)
+    ranks = Ranks(rank, 2)
+
+    def keep(case, own, errors):
+        reshard(own)
+        state = {key: whole(tensor).contiguous() for key, tensor in own.state_dict().items()}
+        write_tensors(root / f"{case}-{rank}", {**state, "errors": torch.tensor([*errors.values()])})
+
     for name in COMPRESSORS:
-        own = model()
-        errors = compressed(name, own, Ranks(rank, 2))
-        write_tensors(root / f"{name}-{rank}", {**own.state_dict(), "errors": torch.tensor([*errors.values()])})
+        errors, results = compressed(name, own := model(), ranks)
+        keep(f"{name}-whole", own, errors)
+        for how in ("blocks", "root"):
+            errors, _ = compressed(name, own := sharded(how), ranks)
+            keep(f"{name}-{how}", own, errors)
+        known = {"blocks.0": results["blocks.0"]}
+        errors, _ = compressed(name, own := sharded("blocks"), ranks, known.get)
+        keep(f"{name}-resumed", own, errors)
+    own = sharded("blocks")
+    try:
+        next(iter(LayerWalk(own, SPEC, batches()[: rank + 1], own, ranks=ranks)))
+    except ValueError as error:
+        (root / f"refused-{rank}").write_text(str(error))
     dist.destroy_process_group()
 
 
