@@ -60,8 +60,9 @@ def model():
 
 
 def batches():
-    """Of one process; of two, the first has those of even length alone."""
-    return [torch.randint(3, 40, (2, 6 + i), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    """Of one process; of two, the first has none of odd length, and the second need look no further than its second."""
+    lengths = (6, 7, 8, 10, 12, 9)
+    return [torch.randint(3, 40, (2, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
 
 
 def sharded(how):
