@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PROCESSOR = "preprocessor_config.json"
 VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|.*\.(model|tiktoken)")
+COUNT_FROM_PADDING = ("roberta", "xlm-roberta")  # whose first position is the one behind that of padding
 MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
 
 
@@ -78,7 +79,9 @@ class LibraryModel:
     @property
     def longest(self) -> int | None:
         """Tokens that a window may have; None where the configuration names no limit."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config
+        limit = getattr(config, "max_position_embeddings", None)
+        return limit - config.pad_token_id - 1 if config.model_type in COUNT_FROM_PADDING else limit
 
     def text_inputs(self, windows: Tensor) -> dict[str, Tensor]:
         """Arguments of a forward pass on windows (B, S).

@@ -58,3 +58,15 @@ def test_files_that_nothing_describes_are_refused(t5, tmp_path):
     assert type(open_library_model(open_source(file), like=t5).model).__name__ == "T5ForConditionalGeneration"
     with pytest.raises(MissingError, match="no tokenizer"):
         open_library_model(open_source(t5)).tokenize("a")
+
+
+def test_windows_are_as_long_as_the_positions_of_roberta_reach(tmp_path):
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(vocab_size=16, max_position_embeddings=12, **sizes)).save_pretrained(tmp_path)
+    opened = open_library_model(open_source(tmp_path))
+    windows = torch.full((1, opened.longest), 5)
+    opened.forward(opened.text_inputs(windows))
+    with pytest.raises((IndexError, RuntimeError)):
+        opened.forward(opened.text_inputs(torch.full((1, opened.longest + 1), 5)))
