@@ -9,7 +9,7 @@ from fulgurite.backbones.picture_specs import joined
 from fulgurite.methods.structure import ModelSpec, Tower
 
 TIMM = ("Beit", "Eva", "VisionTransformer", "VisionTransformerRelPos")  # and their subclasses
-SHARED = (("attn.q_proj", "attn.k_proj", "attn.v_proj"), ("mlp.fc1_g", "mlp.fc1_x"), ("mlp.w1", "mlp.w2"))
+SHARED = (("attn.q_proj", "attn.k_proj", "attn.v_proj"), ("mlp.fc1_g", "mlp.fc1_x"))
 
 
 def timm_spec(model: nn.Module, root: str = "") -> ModelSpec:
