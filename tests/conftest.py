@@ -116,8 +116,9 @@ def compared_in_process(monkeypatch):
     from fulgurite.backbones import reload
     from fulgurite.modules import export_files
 
-    def compare(library, folder, inputs, expected, model_class="", base=""):
-        request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base}
+    def compare(library, folder, inputs, expected, model_class="", base="", stored="dense"):
+        names = ("library", "folder", "model_class", "base", "stored")
+        request = dict(zip(names, (library, str(folder), model_class, base, stored)))
         named = {f"input.{n}": t for n, t in inputs.items()} | {f"output.{n}": t for n, t in expected.items()}
         return reload.compare(request, named)
 
