@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulgurite.methods.layer_walk import hidden_of, mapped
+from fulgurite.methods.block_calls import hidden_of, mapped
 from fulgurite.methods.replay import Asked, Replay, tensors_of
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from fulgurite.methods.layer_walk import HIDDEN, Block, watching
+from fulgurite.methods.block_calls import HIDDEN
+from fulgurite.methods.layer_walk import Block, watching
 from fulgurite.methods.quantization.attention_mass import attention_mass
 
 
