@@ -247,3 +247,25 @@ def test_totals_are_means_over_entries():
     assert found == pytest.approx(
         {"sparsity": (6 * 0.5 + 20 * 0.25) / 26, "bits": (6 * 16 + 20 * (4 * 0.9 + 32 * 0.1)) / 26}
     )
+
+
+def test_packed_experts_stay_as_they_are_and_are_told():
+    """The experts and the router of a Mixtral are no modules with a matrix; its attention is compressed."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_local_experts": 3}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        config = MixtralConfig(vocab_size=40, num_attention_heads=2, num_key_value_heads=1, **sizes)
+        model = MixtralForCausalLM(config).eval()
+    spec = ModelSpec((Tower("text", r"model\.layers\.\d+", 2, 8),))
+    own, blocks = run(model, spec, "mixtral", SparseGpt(0.5))
+    names = [name for done in blocks for name in done.results]
+    assert sorted(names) == sorted(f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkvo")
+    assert [text.partition(" (")[0] for text in left_dense(walk_over(own, spec, "mixtral"))] == [
+        f"2 x model.layers.*.mlp.{name}" for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj")
+    ]
+    for name, tensor in own.state_dict().items():
+        assert same(tensor, model.state_dict()[name]) == (name.removesuffix(".weight") not in names)
+    with pytest.raises(ValueError, match=r"mlp\.experts: MixtralExperts is no linear layer.*leave it out"):
+        matrices(walk_over(own, spec, "mixtral"), r".*\.(experts|[qkvo]_proj)")

@@ -364,3 +364,34 @@ def test_inference_mode_hides_no_writes():
     with torch.inference_mode():
         found = [block.inputs[0] for block in LayerWalk(model, SPEC, rows, model)]
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_text_tower_behind_video_sees_no_padding(sequential):
+    from fulgurite.backbones.frames import TimmFrameEncoder
+    from fulgurite.backbones.prefix_encoder import PrefixEncoder
+    from fulgurite.samples import Sample
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 12}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        encoder = TimmFrameEncoder("test_efficientnet", weights=None, size=64, grid=1)
+        model = PrefixEncoder(frame_encoder=encoder, num_frames=2, pretrained=False, text_config=sizes)
+    model.set_answers(["red", "blue"])
+    model.double()
+    collate = model.collator("test")
+    batches = []
+    for seed, questions in enumerate((("Is it?", "Which way does the red box move?"), ("What is it?", "Why?"))):
+        generator = torch.Generator().manual_seed(seed)
+        features = {encoder.name: torch.randn(2, 1, encoder.width, generator=generator)}
+        batch = dict(collate([Sample(id=q, domain="d", question=q, features=features) for q in questions]))
+        batches.append({**batch, "video": batch["video"].double()})
+    assert any((batch["attention_mask"] == 0).any() for batch in batches)
+    agrees(
+        model,
+        model.spec,
+        batches,
+        lambda backbone, batch: backbone.pass_blocks(batch),
+        lambda batch, names: dict.fromkeys(names, model.token_masks(batch)[r"text\..*"]),
+        sequential,
+    )
