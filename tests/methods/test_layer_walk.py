@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fulgurite.methods.block_calls import catch_calls
 from fulgurite.methods.compression import Compressor, compressed_blocks, matrices, matrix, put
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.sparsegpt import SparseGpt
@@ -395,3 +396,14 @@ def test_a_text_tower_behind_video_sees_no_padding(sequential):
         lambda batch, names: dict.fromkeys(names, model.token_masks(batch)[r"text\..*"]),
         sequential,
     )
+
+
+@pytest.mark.parametrize("whole_pass", [False, True])
+def test_a_pass_ends_behind_the_last_block_unless_all_ranks_must_go_on(whole_pass):
+    model, rows, _ = chain("between")
+    ends = []
+    model.head.register_forward_hook(lambda *_: ends.append(1))
+    modules = {name: model.get_submodule(name) for name in SPEC.all_block_names(model)}
+    first, calls = catch_calls(modules, lambda: model(rows[0]), torch.device("cpu"), whole_pass)
+    assert (len(calls), len(ends)) == (1, int(whole_pass))  # something lies behind the first block
+    torch.testing.assert_close(first, torch.tanh(model.stem(rows[0])))
