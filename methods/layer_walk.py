@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,6 @@ from fulgurite.methods.statistics.gram import GramStatistics, input_width
 from fulgurite.methods.structure import ModelSpec, Tower
 
 log = logging.getLogger(__name__)
-Value = TypeVar("Value")
 Masks = Callable[[Any, Sequence[str]], Mapping[str, Tensor]]
 
 
