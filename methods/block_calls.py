@@ -22,7 +22,7 @@ HIDDEN = _Hidden()
 
 
 @dataclass
-class Call:
+class BlockCall:
     """The arguments of one block for one batch.
 
     Args:
@@ -44,7 +44,7 @@ class Call:
 
 def catch_calls(
     modules: Mapping[str, nn.Module], run: Callable[[], Any], storage: torch.device, whole_pass: bool = False
-) -> tuple[Tensor, list[Call]]:
+) -> tuple[Tensor, list[BlockCall]]:
     """Input of the first block in one forward pass, and the other arguments of it and of those that it leads to.
 
     A block leads to the next one where that takes exactly what it gives, untouched, and nothing that an earlier one
@@ -60,7 +60,7 @@ def catch_calls(
         ValueError: a block is not reached, is called twice or before the first, or its hidden states cannot be told.
     """
     names = list(modules)
-    calls: list[Call] = []
+    calls: list[BlockCall] = []
     first: list[Tensor] = []
     outputs: list[Tensor] = []
     written: list[int] = []  # how often, by then
@@ -99,7 +99,7 @@ def catch_calls(
                 raise ValueError(f"{names[0]} is given its hidden states {hits} times, expected once")
             first.append(expected.detach().to(storage, copy=True))
         calls.append(
-            Call(
+            BlockCall(
                 tuple(packed(value, expected, stored, names[number]) for value in args),
                 {name: packed(value, expected, stored, names[number]) for name, value in kwargs.items()},
             )

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fulgurite.methods.block_calls import Call, catch_calls, hidden_of
+from fulgurite.methods.block_calls import BlockCall, catch_calls, hidden_of
 from fulgurite.methods.ranks import ALONE, Ranks
 from fulgurite.methods.sharding import is_sharded
 from fulgurite.methods.statistics.gram import GramStatistics, input_width
@@ -56,7 +56,7 @@ class Block:
     tower: Tower
     module: nn.Module
     inputs: list[Tensor]
-    calls: list[Call]
+    calls: list[BlockCall]
     walk: LayerWalk = field(repr=False)
 
     def linears(self, pattern: str | None = None) -> dict[str, nn.Module]:
@@ -243,7 +243,7 @@ class LayerWalk:
                 if done < len(names):
                     log.info("%s takes other inputs than %s gives: they are caught anew", names[done], names[done - 1])
 
-    def _catch(self, names: Sequence[str]) -> tuple[list[Tensor], list[list[Call]]]:
+    def _catch(self, names: Sequence[str]) -> tuple[list[Tensor], list[list[BlockCall]]]:
         """Inputs of the first of ``names``, and the other arguments of it and of those that it leads to, by block."""
         caught = self.ranks.agree(lambda: [self._caught(names, batch) for batch in self.batches])
         length = min(self.ranks.gather(min(len(calls) for _, calls in caught)))
@@ -259,7 +259,7 @@ class LayerWalk:
         if name := next((name for name in names if counts[name] > 1), None):
             raise ValueError(f"{name} is called {counts[name]} times by a batch, so it has no one input")
 
-    def _caught(self, names: Sequence[str], batch: Any) -> tuple[Tensor, list[Call]]:
+    def _caught(self, names: Sequence[str], batch: Any) -> tuple[Tensor, list[BlockCall]]:
         modules = {name: self.model.get_submodule(name) for name in names}
         return catch_calls(modules, lambda: self.forward(batch), self.storage, whole_pass=self.sharded)
 

@@ -49,6 +49,7 @@ def test_header_says_what_it_is_and_how_it_runs(path):
 
 
 @pytest.mark.parametrize("path", OVERLAYS)
+@pytest.mark.usefixtures("compared_in_process")
 def test_it_runs_a_step_under_its_tiny_overlay(path, command, official_root, own_root, tmp_path):
     base, *over = laid_over(path)
     chain = [base, TINY[family(path)], *over]  # the record's own settings stay on top of the tiny ones
