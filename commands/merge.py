@@ -12,14 +12,14 @@ import jsonargparse
 
 from fulgurite.commands import merge_adapters, mergekit
 from fulgurite.commands.errors import DONE, ConfigError
+from fulgurite.commands.explain import explain
 from fulgurite.commands.imports import PARSER_MODE, imports_allowed
-from fulgurite.commands.invocation import values_of
+from fulgurite.commands.invocation import Invocation, values_of
 from fulgurite.commands.merge_output import show_merge, show_plan
 from fulgurite.commands.names import class_table, import_named
 from fulgurite.commands.options import with_flags
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console
-from fulgurite.commands.yaml_loader import load_file
 
 if TYPE_CHECKING:
     from fulgurite.checkpoints import Manifest
@@ -41,15 +41,20 @@ def run(command: str, argv: list[str]) -> int:
         CheckpointError: a source is damaged or missing, or the result cannot be written.
     """
     argv = with_flags(argv, FLAGS)
-    with imports_allowed(tuple(values_of(argv, "--allow"))):
-        import_named(argv, [load_file(Path(path)) for path in values_of(argv, "--config")])
+    invocation = Invocation.of("merge", argv)
+    with imports_allowed(invocation.allow):
+        import_named(invocation.typed, invocation.documents)
         parser = parser_of()
         try:
             options = parser.parse_args(argv)
-            require_task(options)
-            merger = None if options.merger is None else parser.instantiate_classes(options).merger
         except (jsonargparse.ArgumentError, TypeError, ValueError, LookupError) as error:
-            raise ConfigError(unknown_merger(argv) or str(error)) from error
+            unknown = unknown_merger(argv)
+            raise (ConfigError(unknown) if unknown else explain(error, parser, invocation)) from error
+        require_task(options)
+        try:
+            merger = None if options.merger is None else parser.instantiate_classes(options).merger
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"merger: {cause_of(error)}") from error
     try:
         sources = None if options.sources is None else expanded(one_or_more(options.sources))
         take_statistics(merger, options.statistics, sources or [])
@@ -111,6 +116,13 @@ def parser_of() -> jsonargparse.ArgumentParser:
     parser.add_argument("--dry_run", type=bool, default=False, help="print plan, memory and disk; write nothing")
     parser.add_argument("--allow", type=str | None, default=None, help="prefix that class paths may come from")
     return parser
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error of the class itself, which the parser wraps in what it tried beside it."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def unknown_merger(argv: Sequence[str]) -> str | None:
