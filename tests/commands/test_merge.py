@@ -76,6 +76,11 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(models, tmp_path, ca
         (("--sources", "[x*.safetensors]", "--merger", "Average"), "x*.safetensors matches nothing"),
         (("--sources", "[nix]", "--merger", "Average"), "no model at nix"),
         (("--sources", "[ft0.safetensors]", "--merger", "Averge"), "did you mean Average"),
+        (("--sources", "[ft0.safetensors]", "--merger", "Ties", "--merger.densty", "0.2"), "did you mean density?"),
+        (
+            ("--sources", "[ft0.safetensors]", "--merger", "Ties", "--merger.density", "2"),
+            "merger: density lies between",
+        ),
         (("--sources", "[ft0.safetensors]", "--merger", "TaskArithmetic"), "needs the base"),
         (("--sources", "[ft0.safetensors]", "--merger", "Average", "--weights", "[1, 2]"), "2 weights for 1 models"),
         (("--sources", "[ft0.safetensors]", "--merger", "os.system"), "os.system"),
