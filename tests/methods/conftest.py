@@ -5,6 +5,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+from torch import nn
 
 from fulgurite.methods.ranks import Ranks
 
@@ -50,7 +52,6 @@ def on_ranks():
 @pytest.fixture(scope="session")
 def language_models():
     """(model, spec) of a small Llama and a small T5 by name, in float64. Copy a model before changing it."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     from fulgurite.backbones.language_specs import language_spec
@@ -72,3 +73,69 @@ def language_models():
             T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, decoder_start_token_id=0)
         )
     return {name: (model.double().eval(), language_spec(model)) for name, model in (("llama", llama), ("t5", t5))}
+
+
+class Mixing(nn.Module):
+    """Residual block whose tokens are mixed where they are real; ``how`` it treats its argument."""
+
+    def __init__(self, how="plain"):
+        super().__init__()
+        self.how = how
+        self.query, self.value, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, mask=None, beside=None):
+        scores = self.query(x) @ x.mT
+        if mask is not None:
+            scores = scores.masked_fill(mask[:, None] == 0, -torch.inf)
+        mixed = self.out(torch.tanh(scores.softmax(-1) @ self.value(x)))
+        if beside is not None:
+            mixed = mixed + beside
+        if self.how == "in place":
+            return x.add_(mixed)
+        return (x + mixed, mixed) if self.how == "tuple" else x + mixed
+
+
+class Chain(nn.Module):
+    """Blocks one after the other, or with something between, or in another way that a walk must see."""
+
+    def __init__(self, how="plain", count=3):
+        super().__init__()
+        self.how = how
+        self.stem = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList(Mixing(how) for _ in range(count))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, batch):
+        x, mask = batch if isinstance(batch, tuple) else (batch, None)
+        x = torch.tanh(self.stem(x))
+        kept = []
+        for number, block in enumerate(self.blocks):
+            kept.append(x)
+            if self.how == "between" and number == 1:
+                x = self.norm(x).roll(1, 1)
+            if self.how == "written between" and number == 2:
+                x.add_(1)
+            if self.how == "skip" and number == 2:
+                x = block(x, mask, beside=kept[1])
+            elif self.how == "twice" and number == 2:
+                x = block(self.blocks[0](x, mask), mask)
+            else:
+                x = block(x, mask=mask)
+            x = x[0] if isinstance(x, tuple) else x
+        return self.head(self.norm(x))
+
+
+def chain_of(how="plain"):
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Chain(how).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
+    padded = [torch.tensor([[1, 1, 1, 1], [1] * n + [0] * (4 - n)]) for n in (1, 2, 3)]
+    return model, rows, padded
+
+
+@pytest.fixture
+def chain():
+    """``chain(how)``: a `Chain` in float64, batches for it, and masks of their padding."""
+    return chain_of

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fulgurite.methods.block_calls import catch_calls
-from fulgurite.methods.compression import Compressor, compressed_blocks, matrices, matrix, put
+from fulgurite.methods.compression import Compressor, compressed_blocks, matrix, put
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.sparsegpt import SparseGpt
 from fulgurite.methods.structure import ModelSpec, Tower
@@ -140,67 +140,7 @@ def test_cross_attention_reads_the_compressed_encoder(language_models):
     assert not torch.allclose(*seen.values(), rtol=1e-3)
 
 
-class Mixing(nn.Module):
-    """Residual block whose tokens are mixed where they are real; ``how`` it treats its argument."""
-
-    def __init__(self, how="plain"):
-        super().__init__()
-        self.how = how
-        self.query, self.value, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
-
-    def forward(self, x, mask=None, beside=None):
-        scores = self.query(x) @ x.mT
-        if mask is not None:
-            scores = scores.masked_fill(mask[:, None] == 0, -torch.inf)
-        mixed = self.out(torch.tanh(scores.softmax(-1) @ self.value(x)))
-        if beside is not None:
-            mixed = mixed + beside
-        if self.how == "in place":
-            return x.add_(mixed)
-        return (x + mixed, mixed) if self.how == "tuple" else x + mixed
-
-
-class Chain(nn.Module):
-    """Blocks one after the other, or with something between, or in another way that a walk must see."""
-
-    def __init__(self, how="plain", count=3):
-        super().__init__()
-        self.how = how
-        self.stem = nn.Linear(5, 6)
-        self.blocks = nn.ModuleList(Mixing(how) for _ in range(count))
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
-
-    def forward(self, batch):
-        x, mask = batch if isinstance(batch, tuple) else (batch, None)
-        x = torch.tanh(self.stem(x))
-        kept = []
-        for number, block in enumerate(self.blocks):
-            kept.append(x)
-            if self.how == "between" and number == 1:
-                x = self.norm(x).roll(1, 1)
-            if self.how == "written between" and number == 2:
-                x.add_(1)
-            if self.how == "skip" and number == 2:
-                x = block(x, mask, beside=kept[1])
-            elif self.how == "twice" and number == 2:
-                x = block(self.blocks[0](x, mask), mask)
-            else:
-                x = block(x, mask=mask)
-            x = x[0] if isinstance(x, tuple) else x
-        return self.head(self.norm(x))
-
-
 SPEC = ModelSpec((Tower("chain", r"blocks\.\d+", 3, 6),))
-
-
-def chain(how="plain"):
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)
-        model = Chain(how).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    rows = [torch.randn(2, 4, 5, generator=generator, dtype=torch.float64) for _ in range(3)]
-    padded = [torch.tensor([[1, 1, 1, 1], [1] * n + [0] * (4 - n)]) for n in (1, 2, 3)]
-    return model, rows, padded
 
 
 def call(model, batch):
@@ -208,7 +148,7 @@ def call(model, batch):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_padding_is_left_out(sequential):
+def test_padding_is_left_out(sequential, chain):
     model, rows, padded = chain()
     agrees(model, SPEC, list(zip(rows, padded)), call, lambda batch, names: dict.fromkeys(names, batch[1]), sequential)
 
@@ -224,14 +164,14 @@ def test_padding_is_left_out(sequential):
         ("skip", ["blocks.2"]),
     ],
 )
-def test_inputs_are_caught_anew_where_blocks_do_not_follow_each_other(how, again, caplog):
+def test_inputs_are_caught_anew_where_blocks_do_not_follow_each_other(how, again, caplog, chain):
     model, rows, _ = chain(how)
     with caplog.at_level(logging.INFO, "fulgurite.methods.layer_walk"):
         agrees(model, SPEC, rows, call)
     assert [record.args[0] for record in caplog.records if "caught anew" in record.msg] == again
 
 
-def test_a_block_may_be_measured_again_and_gives_what_it_gave():
+def test_a_block_may_be_measured_again_and_gives_what_it_gave(chain):
     """A block that writes into its input must not change what is kept of it."""
     model, rows, _ = chain("in place")
     for block in LayerWalk(model, SPEC, rows, model):
@@ -239,7 +179,7 @@ def test_a_block_may_be_measured_again_and_gives_what_it_gave():
         assert all(map(torch.equal, first, second))
 
 
-def test_gradients_stay_on_for_the_caller():
+def test_gradients_stay_on_for_the_caller(chain):
     model, rows, _ = chain()
     for block in LayerWalk(model, SPEC, rows, model):
         for _ in block.outputs():
@@ -247,21 +187,21 @@ def test_gradients_stay_on_for_the_caller():
         assert torch.is_grad_enabled()
 
 
-def test_no_hook_is_left():
+def test_no_hook_is_left(chain):
     model, rows, _ = chain()
     for _ in compressed_blocks(LayerWalk(model, SPEC, rows, model), SparseGpt(0.5)):
         pass
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
-def test_layers_that_share_an_input_are_one_group_in_the_order_of_calls():
+def test_layers_that_share_an_input_are_one_group_in_the_order_of_calls(chain):
     model, rows, _ = chain()
     block = next(iter(LayerWalk(model, SPEC, rows, model)))
     groups = block.input_groups(block.linears())
     assert groups == [["blocks.0.query", "blocks.0.value"], ["blocks.0.out"]]
 
 
-def test_without_data_blocks_come_in_order_without_inputs():
+def test_without_data_blocks_come_in_order_without_inputs(chain):
     model, _, _ = chain()
     blocks = list(LayerWalk(model, SPEC, [], model))
     assert [block.name for block in blocks] == [f"blocks.{i}" for i in range(3)]
@@ -270,7 +210,7 @@ def test_without_data_blocks_come_in_order_without_inputs():
         blocks[0].grams(["blocks.0.out"])
 
 
-def test_offloading_changes_nothing():
+def test_offloading_changes_nothing(chain):
     model, rows, _ = chain()
     moments = []
     for offload in (True, False):
@@ -290,76 +230,7 @@ def test_walked_towers_are_those_named(language_models):
         LayerWalk(model, spec, [], model, towers=["text"])
 
 
-def test_training_mode_is_refused():
-    model, rows, _ = chain()
-    with pytest.raises(ValueError, match="Chain is in training mode"):
-        LayerWalk(model.train(), SPEC, rows, model)
-
-
-def test_a_cache_is_refused(language_models):
-    model, spec = language_models["llama"]
-    walk = LayerWalk(model, spec, tokens(1), lambda ids: model(input_ids=ids, use_cache=True))
-    with pytest.raises(ValueError, match=r"model\.layers\.0 is given a DynamicCache: .*use_cache=False"):
-        next(iter(walk))
-
-
-def test_a_block_that_is_called_twice_is_refused():
-    model, rows, _ = chain("twice")
-    with pytest.raises(ValueError, match=r"blocks\.0 is called 2 times by a batch"):
-        next(iter(LayerWalk(model, SPEC, rows, model)))
-
-
-def test_blocks_that_are_named_out_of_order_are_refused():
-    model, rows, _ = chain()
-    model.forward = lambda x: model.blocks[0](model.blocks[2](model.blocks[1](model.stem(x))))
-    with pytest.raises(ValueError, match=r"blocks\.1 is called before blocks\.0"):
-        next(iter(LayerWalk(model, SPEC, rows, model)))
-
-
-def test_a_block_that_is_not_reached_is_named():
-    model, rows, _ = chain()
-    model.forward = lambda x: model.blocks[0](model.stem(x))
-    walk = LayerWalk(model, SPEC, rows, model)
-    with pytest.raises(ValueError, match=r"blocks\.1 is not reached"):
-        list(walk)
-
-
-def test_layers_that_are_not_called_are_named():
-    model, rows, _ = chain()
-    for block in model.blocks:
-        block.forward = lambda x, mask=None, block=block: x + nn.functional.linear(block.query(x), block.out.weight)
-    block = next(iter(LayerWalk(model, SPEC, rows, model)))
-    with pytest.raises(ValueError, match=r"\['blocks\.0\.out', 'blocks\.0\.value'\] were not called as modules"):
-        block.input_groups(block.linears())
-
-
-def test_a_pattern_that_matches_a_convolution_is_refused():
-    model, rows, _ = chain()
-    model.blocks[1].conv = nn.Conv1d(6, 6, 1)
-    with pytest.raises(ValueError, match=r"blocks\.1\.conv: Conv1d is no linear layer.*leave it out of"):
-        matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\..*")
-    assert len(matrices(LayerWalk(model, SPEC, rows, model), r"blocks\.\d+\.(query|value|out)")) == 9
-    assert len(matrices(LayerWalk(model, SPEC, rows, model))) == 9
-
-
-def test_every_rank_needs_data(on_ranks):
-    model, rows, _ = chain()
-    found = on_ranks(2, lambda ranks: list(LayerWalk(model, SPEC, rows[ranks.rank + 2 :], model, ranks=ranks)))
-    assert [str(each) for each in found] == ["ranks [1] have no calibration data: give every process a batch"] * 2
-
-
-def test_an_error_on_one_rank_ends_all(on_ranks):
-    def walk(ranks):
-        model, rows, padded = chain()
-        masks = lambda batch, names: dict.fromkeys(names, padded[0][:, ranks.rank :])  # noqa: E731
-        next(iter(LayerWalk(model, SPEC, rows, model, masks, ranks))).grams(["blocks.0.out"])
-
-    good, bad = on_ranks(2, walk)
-    assert "rank 1 failed: ValueError: blocks.0.out: a mask of (2, 3) does not fit" in str(good)
-    assert isinstance(bad, ValueError)
-
-
-def test_inference_mode_hides_no_writes():
+def test_inference_mode_hides_no_writes(chain):
     model, rows, _ = chain("written between")
     expected = [block.inputs[0] for block in LayerWalk(model, SPEC, rows, model)]
     with torch.inference_mode():
@@ -399,7 +270,7 @@ def test_a_text_tower_behind_video_sees_no_padding(sequential):
 
 
 @pytest.mark.parametrize("whole_pass", [False, True])
-def test_a_pass_ends_behind_the_last_block_unless_all_ranks_must_go_on(whole_pass):
+def test_a_pass_ends_behind_the_last_block_unless_all_ranks_must_go_on(whole_pass, chain):
     model, rows, _ = chain("between")
     ends = []
     model.head.register_forward_hook(lambda *_: ends.append(1))
