@@ -51,7 +51,7 @@ class SavedBlocks:
 
     def _read(self, path: Path) -> dict[str, Compressed]:
         facts, tensors = read_manifest(path).facts, load_tensors(path)
-        reports = {each["name"]: LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in facts[REPORTS]}
+        reports = {each["name"]: LayerReport.from_data(each) for each in facts[REPORTS]}
         self.reports |= reports
         return {name: restored(name, tensors, facts[COMPRESSED].get(name, {})) for name in reports}
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DebertaV2Model
 
-from fulgurite.backbones.frames import FrameEncoder, FrameTransform
 from fulgurite.backbones.frozenbilm import FrozenBiLM, _mask
 from fulgurite.checkpoints import digest_of_state
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
@@ -347,33 +346,6 @@ def test_random_weights_repeat_and_leave_the_global_generator_alone():
     assert torch.equal(torch.rand(1), expected)
     assert first.fingerprint == build().fingerprint
     assert first.fingerprint != build(init_seed=1).fingerprint
-
-
-class ToyEncoder(FrameEncoder):
-    def __init__(self, grid):
-        super().__init__(8, grid, "stretch")
-        self.model, self.name = nn.Conv2d(3, WIDTH, 4, 4), "toy"
-        self.transform = FrameTransform(8, (0.0,) * 3, (1.0,) * 3)
-        self.freeze()
-
-    def feature_map(self, pixels):
-        return self.model(pixels)
-
-    def pooled(self, pixels):
-        return self.model(pixels).mean((2, 3))
-
-
-def test_frame_encoder_names_the_features_it_makes():
-    encoder = ToyEncoder(grid=0)
-    backbone = FrozenBiLM(pretrained=False, config=CONFIG, max_tokens=8, frame_encoder=encoder)
-    assert (backbone.features, backbone.routing_widths) == ("toy", (WIDTH, 16))
-    assert backbone.deberta.embeddings.linear_video.in_features == WIDTH
-    extractor = backbone.feature_extractor()
-    assert extractor.encoder is encoder
-    assert extractor.sampling.rule == "per_second"
-    assert build().feature_extractor() is None
-    with pytest.raises(ValueError, match="4 tokens per frame"):
-        FrozenBiLM(pretrained=False, config=CONFIG, max_tokens=8, frame_encoder=ToyEncoder(grid=2))
 
 
 def test_settings_that_cannot_work_are_refused():
