@@ -113,7 +113,7 @@ def tells(layers: Sequence[LayerReport], key: str) -> bool:
     """Whether a picture of these values says more than a number would, and fits."""
     values = {getattr(each, key) for each in layers}
     rows = len({each.block for each in layers})
-    return 1 < rows <= MOST_ROWS and values != {None} and (key == "error" or len(values) > 1)
+    return 1 < rows <= MOST_ROWS and len(values) > 1
 
 
 def layers_figure(layers: Sequence[LayerReport], key: str, title: str, meaning: str) -> Figure:
