@@ -7,12 +7,14 @@ only when no ``--config`` is given; ``--config`` files from left to right; the r
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
 import warnings
 from contextlib import nullcontext
 
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from fulgurite.callbacks.finite import NotFiniteError
@@ -49,6 +51,7 @@ def run(command: str, argv: list[str]) -> int:
         DataError, CheckpointError: what the run reads is not as it must be.
     """
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    atexit.register(leave_group)
     invocation = Invocation.of(command, argv)
     if command != "fit":
         refuse_options_of_fit(invocation)
@@ -67,6 +70,12 @@ def run(command: str, argv: list[str]) -> int:
             if command != "fit" or cli.trainer.global_step == 0:
                 cli.remove_unused_folder()
             raise
+
+
+def leave_group() -> None:
+    """End this process's part in the process group: its threads, still there at the exit, may abort a good run."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

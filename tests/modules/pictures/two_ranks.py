@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import seed_everything
 
 
@@ -46,3 +47,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     main(*sys.argv[1:])
+    dist.destroy_process_group()  # whose threads may abort the exit
