@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from fulgurite.backbones.library_models import LibraryModel
 from fulgurite.callbacks.compress_step import LAYERS, CompressAtCheckpoint
@@ -19,13 +18,12 @@ from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
+from fulgurite.commands.calibration_inputs import calibration, evaluated, inputs_of
 from fulgurite.commands.compress_output import documents_of, show_layers, show_result
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console, plain_table, size_text
-from fulgurite.datamodules.picture_files import drawn_pictures
-from fulgurite.datamodules.text_windows import consecutive_windows, random_windows, token_ids
 from fulgurite.methods.compression import CompressedBlock, Compressor, matrices, totals
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.packed_attention import tensor_name
@@ -39,8 +37,6 @@ from fulgurite.modules.compressed_files import weights_of, write
 if TYPE_CHECKING:
     from fulgurite.backbones.reload import Stored
 
-TOKENS_AT_ONCE = 2048  # of windows that run together
-AT_ONCE = 16  # pictures
 PICTURES = "vision"  # the tower that they go through
 
 
@@ -142,11 +138,6 @@ def require_package() -> None:
         )
 
 
-def files_of(given: str | list[str]) -> list[Path]:
-    """Paths of one or more files."""
-    return [Path(each) for each in ([given] if isinstance(given, str) else given)]
-
-
 def require_readable(opened: LibraryModel, path: Path, step: CompressAtCheckpoint, options: Any) -> None:
     """Refuse data that the model does not read, and scores that it does not give."""
     kind = type(opened.model).__name__
@@ -161,45 +152,6 @@ def require_readable(opened: LibraryModel, path: Path, step: CompressAtCheckpoin
         raise ConfigError(f"--evaluate: {kind} of {path} is no language model and has no perplexity; leave it out")
     if any(options.get(name) is not None for name in ("allocation", "task_circuit")):
         raise ConfigError(f"allocation and task_circuit need a loss, and {kind} of {path} is no language model")
-
-
-def calibration(opened: LibraryModel, options: Any) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
-    """Batches, and what they are; none without data."""
-    if options.pictures is not None:
-        pictures = drawn_pictures(Path(options.pictures), options.samples, options.seed)
-        images = [to_pil_image(picture.pixels()) for picture in pictures]
-        batches = [opened.picture_inputs(images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)]
-        digest = digest_of_json([digest_of_tensor(tensor) for batch in batches for tensor in batch.values()])
-        return batches, {"samples": options.samples, "seed": options.seed, "data": digest}
-    if options.text is None:
-        return [], {}
-    require_length(opened, options.length)
-    ids = token_ids(files_of(options.text), opened.tokenize)
-    windows = random_windows(ids, options.samples, options.length, options.seed)
-    facts = {"samples": options.samples, "length": options.length, "seed": options.seed, "tokens_of_text": len(ids)}
-    return inputs_of(opened, windows), {**facts, "data": digest_of_tensor(windows)}
-
-
-def evaluated(opened: LibraryModel, options: Any) -> Tensor | None:
-    """Windows to score, or None."""
-    if options.evaluate is None:
-        return None
-    require_length(opened, options.length)
-    ids = token_ids(files_of(options.evaluate), opened.tokenize)
-    return consecutive_windows(ids, options.length, options.evaluate_samples)
-
-
-def require_length(opened: LibraryModel, length: int) -> None:
-    """Refuse windows that the model cannot read."""
-    if length < 2:
-        raise ConfigError(f"--length {length}: a window has at least 2 tokens")
-    if opened.longest is not None and length > opened.longest:
-        raise ConfigError(f"--length {length}: the model reads at most {opened.longest} tokens; set --length lower")
-
-
-def inputs_of(opened: LibraryModel, windows: Tensor) -> list[dict[str, Tensor]]:
-    """Batches of windows that run together."""
-    return [opened.text_inputs(part) for part in windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1]))]
 
 
 def preview(job: Job, out: Path) -> int:
