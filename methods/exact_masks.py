@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.selection import places_of
+from fulgurite.methods.selection import places_of
 
 PIECE = 1 << 16  # entries looked at together
 ROWS_PIECE = 1 << 18

@@ -19,7 +19,7 @@ from fulgurite.methods.merging.base import Piecewise
 from fulgurite.methods.merging.per_expert import refuse_several
 from fulgurite.methods.merging.plan import Operands
 from fulgurite.methods.merging.row_ranks import row_length
-from fulgurite.methods.merging.selection import places_of
+from fulgurite.methods.selection import places_of
 
 QUARTILES = (0.25, 0.5, 0.75)
 EPSILON = 1e-8  # added to probabilities

@@ -22,8 +22,9 @@ from fulgurite.methods.merging.election import Aggregate
 from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, for_each
 from fulgurite.methods.merging.plan import Operands
 from fulgurite.methods.merging.row_ranks import by_rank, row_length
-from fulgurite.methods.merging.selection import cuts_at, kept_count, take_between, task_vectors
 from fulgurite.methods.merging.thinning import Thinned, Thinning
+from fulgurite.methods.merging.trimming import task_vectors
+from fulgurite.methods.selection import cuts_at, kept_count, take_between
 
 
 class Breadcrumbs(Thinning):

@@ -18,8 +18,8 @@ from fulgurite.methods.merging.combine import Combine, Then
 from fulgurite.methods.merging.election import Aggregate
 from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, for_each
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.random import chosen
 from fulgurite.methods.merging.thinning import Thinned, Thinning
+from fulgurite.methods.random import chosen
 
 
 class Dare(Thinning):

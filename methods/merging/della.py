@@ -21,9 +21,9 @@ from fulgurite.methods.merging.combine import Combine, Then
 from fulgurite.methods.merging.election import Aggregate
 from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, each, for_each
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.random import uniform
 from fulgurite.methods.merging.row_ranks import by_rank, row_length
 from fulgurite.methods.merging.thinning import Thinned, Thinning
+from fulgurite.methods.random import uniform
 
 
 def keep_probabilities(density: float, epsilon: float, columns: int) -> Tensor:

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.random import uniform
+from fulgurite.methods.random import uniform
 
 Rule = Literal["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
 Vote = Literal["total", "frequency"]

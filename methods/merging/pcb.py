@@ -25,7 +25,7 @@ from torch import Tensor
 from fulgurite.methods.merging.base import STATISTIC, Piecewise
 from fulgurite.methods.merging.per_expert import PerExpert, for_each
 from fulgurite.methods.merging.plan import Operands, Plan
-from fulgurite.methods.merging.selection import BINS, SHIFT, locate, lower_histogram
+from fulgurite.methods.selection import BINS, SHIFT, locate, lower_histogram
 
 PASSES = ("sizes", "sizes exactly", "balances", "balances exactly")
 Range = tuple[float, float]

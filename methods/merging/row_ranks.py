@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.selection import bits_of
+from fulgurite.methods.selection import bits_of
 
 
 def by_rank(values: Tensor, table: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fulgurite.methods.merging.base import Piecewise
 from fulgurite.methods.merging.election import Election, merge_elected
 from fulgurite.methods.merging.per_expert import check_fractions, refuse_weights
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.selection import EVERYTHING, Cut, cuts_at, take
+from fulgurite.methods.selection import EVERYTHING, Cut, cuts_at, take
 
 ELECTION = Election(weighted=False, zero="positive", floor=1e-6)
 

@@ -27,12 +27,12 @@ from fulgurite.methods.merging.base import STATISTIC, Piecewise
 from fulgurite.methods.merging.election import Aggregate, Election, merge_elected
 from fulgurite.methods.merging.per_expert import PerExpert, check_fractions, each, for_each
 from fulgurite.methods.merging.plan import Operands, Plan
-from fulgurite.methods.merging.selection import (
+from fulgurite.methods.merging.trimming import cuts_of
+from fulgurite.methods.selection import (
     EVERYTHING,
     Cut,
     Split,
     bits_of,
-    cuts_of,
     kept_count,
     locate,
     lower_histogram,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.methods.merging.plan import StateDict
-from fulgurite.methods.merging.selection import trim
+from fulgurite.methods.merging.trimming import trim
 from fulgurite.methods.merging.vl_merging import Layout
 
 

@@ -23,7 +23,7 @@ from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from fulgurite.checkpoints.tensorfile import is_sharded
-from fulgurite.methods.merging.random import uniform
+from fulgurite.methods.random import uniform
 from fulgurite.methods.statistics.base import Statistic
 
 Kind = Literal["expected", "empirical", "batch_summed"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.random import digest_of, stream
+from fulgurite.methods.random import digest_of, stream
 
 
 def normal(seed: int, purpose: str, number: int, name: str, count: int, start: int = 0) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fulgurite.methods.exact_masks import largest_of_all, smallest_of, smallest_of_all, smallest_of_rows
-from fulgurite.methods.merging.selection import SMALL
+from fulgurite.methods.selection import SMALL
 
 
 def with_ties(*shape, seed=0):

@@ -7,7 +7,7 @@ import torch
 
 from fulgurite.methods.merging.arcee_fusion import ArceeFusion
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.selection import SMALL
+from fulgurite.methods.selection import SMALL
 
 
 def softmax(row):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fulgurite.methods.merging.breadcrumbs import Breadcrumbs
-from fulgurite.methods.merging.selection import SMALL, trim
+from fulgurite.methods.merging.trimming import trim
+from fulgurite.methods.selection import SMALL
 
 
 def slow_band(row, first, last):

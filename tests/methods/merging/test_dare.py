@@ -5,7 +5,7 @@ import torch
 
 from fulgurite.methods.merging.dare import Dare
 from fulgurite.methods.merging.linear import TaskArithmetic
-from fulgurite.methods.merging.random import chosen
+from fulgurite.methods.random import chosen
 
 TAU = torch.randn(4000, generator=torch.Generator().manual_seed(0))
 

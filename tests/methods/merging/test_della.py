@@ -5,8 +5,8 @@ import torch
 
 from fulgurite.methods.merging.della import Della
 from fulgurite.methods.merging.linear import TaskArithmetic
-from fulgurite.methods.merging.random import uniform
 from fulgurite.methods.merging.row_ranks import by_rank
+from fulgurite.methods.random import uniform
 
 
 def slow_probabilities(row, density, epsilon):

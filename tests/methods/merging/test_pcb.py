@@ -8,7 +8,7 @@ import torch
 from fulgurite.methods.merging.base import survey
 from fulgurite.methods.merging.pcb import Pcb, ordered_keys, value_of_key
 from fulgurite.methods.merging.plan import plan_of
-from fulgurite.methods.merging.selection import BINS, SHIFT
+from fulgurite.methods.selection import BINS, SHIFT
 
 
 def sign(x):

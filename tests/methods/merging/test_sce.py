@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fulgurite.methods.merging.sce import Sce
-from fulgurite.methods.merging.selection import SMALL
+from fulgurite.methods.selection import SMALL
 
 
 def slow_sce(taus, topk, floor):

@@ -4,20 +4,19 @@ import pytest
 import torch
 
 from fulgurite.methods.merging.plan import Operands
-from fulgurite.methods.merging.selection import (
+from fulgurite.methods.merging.trimming import cuts_of, trim
+from fulgurite.methods.selection import (
     SMALL,
     Cut,
     Split,
     bits_of,
     cuts_at,
-    cuts_of,
     kept_count,
     locate,
     lower_histogram,
     places_of,
     take,
     take_between,
-    trim,
     upper_histogram,
     value_of,
 )

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fulgurite.methods.merging.plan import Operands
-
 SMALL = 1 << 13  # entries below which looking at all of them is cheaper than a histogram
 SHIFT = 15
 BINS, LOWER = 1 << 16, 1 << SHIFT
@@ -96,23 +94,6 @@ class Place:
         return settled(self.value, self.equal if all_ties else self.ties, self.equal)
 
 
-def cuts_of(operands: Operands, keep: Sequence[int], all_ties: bool = False) -> list[Cut]:
-    """Where to cut the T task vectors of one tensor to keep the entries of largest magnitude.
-
-    Args:
-        operands: the tensor, with a base.
-        keep: how many entries of each are kept, T numbers.
-        all_ties: keep all that equal the last one kept, so ``keep`` or more.
-    """
-    found = cuts_at(task_vectors(operands), operands.num_entries, [[rank] for rank in keep], all_ties)
-    return [cut for (cut,) in found]
-
-
-def task_vectors(operands: Operands) -> Parts:
-    """The T task vectors of one tensor."""
-    return lambda: ([(expert - base).flatten() for expert in experts] for _, base, experts in operands.pieces())
-
-
 def cuts_at(parts: Parts, count: int, ranks: Sequence[Sequence[int]], all_ties: bool = False) -> list[list[Cut]]:
     """Where to cut each of V vectors at one or several ranks of its magnitudes.
 
@@ -122,7 +103,7 @@ def cuts_at(parts: Parts, count: int, ranks: Sequence[Sequence[int]], all_ties: 
         parts: the vectors.
         count: of entries in each.
         ranks: of each vector, how many entries are kept (0 to all): one cut for each of these numbers.
-        all_ties: see `cuts_of`.
+        all_ties: keep all that equal the last one kept, so that number or more.
     """
     found = places_of(parts, count, [[rank for rank in own if 0 < rank < count] for own in ranks])
     edge = {True: NOTHING, False: EVERYTHING}
@@ -185,14 +166,6 @@ def take_between(values: Tensor, outer: Cut, inner: Cut) -> tuple[Tensor, Cut, C
     kept, outer = take(values, outer)
     removed, inner = take(values, inner)
     return kept.sub_(removed), outer, inner
-
-
-def trim(values: Tensor, density: float) -> Tensor:
-    """The int(density n) entries of largest magnitude, zeros elsewhere. Shape kept; one flat tensor more."""
-    zero = torch.zeros((), dtype=values.dtype, device=values.device).expand_as(values)
-    (cut,) = cuts_of(Operands("", [zero, values], True), [kept_count(density, values.numel())])
-    kept, _ = take(values.flatten(), cut)
-    return kept.view_as(values)
 
 
 @dataclass

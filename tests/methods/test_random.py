@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fulgurite.methods.merging.random import chosen, uniform
+from fulgurite.methods.random import chosen, uniform
 
 PLACE = (3, "dare", 1, "block.weight")
 
