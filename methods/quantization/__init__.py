@@ -15,6 +15,7 @@ __all__ = [
     "packing",
     "quantized_weight",
     "rotation",
+    "rotation_record",
     "rsq",
     "rtn",
     "storage",

@@ -66,13 +66,10 @@ def fuse_norms(model: nn.Module, spec: ModelSpec, centre_all_embeddings: bool = 
         ValueError: a module that is no such norm, a linear layer that reads two, a linear layer in a block that
             neither reads a norm nor writes to the stream, or both kinds of norms on streams of one width.
     """
+    kinds = kinds_of_norms(model, spec)
     untie_head(model, spec)
     readers = readers_of_norms(model, spec)
-    kinds = {name: norm_kind(name, model.get_submodule(name)) for name in readers}
     layer_widths = {model.get_submodule(name).weight.numel() for name, kind in kinds.items() if kind == "layer"}
-    if mixed := [n for n, k in kinds.items() if k != "layer" and model.get_submodule(n).weight.numel() in layer_widths]:
-        raise ValueError(f"{mixed[0]} is no LayerNorm, but others of its width are")
-    check_complete(model, spec, readers)
     for name, linears in readers.items():
         norm = model.get_submodule(name)
         gain = norm.weight.double() + (1 if kinds[name] == "rms_plus_one" else 0)
@@ -85,6 +82,17 @@ def fuse_norms(model: nn.Module, spec: ModelSpec, centre_all_embeddings: bool = 
             for name, module in writers(model, spec, tower.name):
                 if tower.width in layer_widths or isinstance(module, nn.Embedding):
                     centre(name, module)
+    return kinds
+
+
+def kinds_of_norms(model: nn.Module, spec: ModelSpec) -> dict[str, NormKind]:
+    """What every norm is that `fuse_norms` would fold, found possible. Nothing changes. Raises as `fuse_norms`."""
+    readers = readers_of_norms(model, spec)
+    kinds = {name: norm_kind(name, model.get_submodule(name)) for name in readers}
+    layer_widths = {model.get_submodule(name).weight.numel() for name, kind in kinds.items() if kind == "layer"}
+    if mixed := [n for n, k in kinds.items() if k != "layer" and model.get_submodule(n).weight.numel() in layer_widths]:
+        raise ValueError(f"{mixed[0]} is no LayerNorm, but others of its width are")
+    check_complete(model, spec, readers)
     return kinds
 
 

@@ -10,51 +10,20 @@ have one Q. All is done in float64, in place; only seeds and sizes need to be st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fulgurite.methods.quantization.hadamard import Fallback, Rotation
 from fulgurite.methods.quantization.hadamard_matrices import split_size
-from fulgurite.methods.quantization.norm_fusing import fuse_norms, matrix_of, readers_of_norms, writers
+from fulgurite.methods.quantization.norm_fusing import fuse_norms, kinds_of_norms, matrix_of, readers_of_norms, writers
+from fulgurite.methods.quantization.rotation_record import RotationRecord, install_online
 from fulgurite.methods.structure import Attention, ModelSpec, any_sites
 
 Heads = Literal["none", "merged", "online"]
 Residual = Literal["hadamard", "gaussian"]
-
-
-@dataclass(frozen=True)
-class RotationRecord:
-    """What was done to a model, as plain values.
-
-    Args:
-        streams: width -> rotation of the residual streams of that width.
-        online: linear layer -> rotation of its input at run time.
-        fused: norm -> what it was.
-    """
-
-    streams: Mapping[int, Rotation]
-    online: Mapping[str, Rotation] = field(default_factory=dict)
-    fused: Mapping[str, str] = field(default_factory=dict)
-
-    def data(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "streams": {str(width): rotation.data() for width, rotation in self.streams.items()},
-            "online": {name: rotation.data() for name, rotation in self.online.items()},
-            "fused": dict(self.fused),
-        }
-
-    @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> RotationRecord:
-        """From what `data` gave."""
-        streams = {int(width): Rotation.from_data(rotation) for width, rotation in data["streams"].items()}
-        online = {name: Rotation.from_data(rotation) for name, rotation in data["online"].items()}
-        return cls(streams, online, data["fused"])
 
 
 @torch.no_grad()
@@ -85,15 +54,12 @@ def rotate(
     Raises:
         ValueError: a size that no Hadamard matrix fits, and all that `fuse_norms` refuses.
     """
-    if heads not in ("none", "merged", "online"):
-        raise ValueError(f"heads={heads!r}: expected 'none', 'merged' or 'online'")
-    streams = {tower.width: stream_rotation(tower.width, seed, residual, fallback) for tower in spec.towers}
-    planned = online_rotations(model, spec, heads, feed_forward, fallback, seed)  # sizes are checked before any change
+    before = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    record = planned(model, spec, seed, residual, heads, feed_forward, fallback)
+    streams = record.streams
     readers = readers_of_norms(model, spec)
     widths = {name: model.get_submodule(name).weight.numel() for name in readers}
-    if unknown := sorted(set(widths.values()) - set(streams)):
-        raise ValueError(f"norms of width {unknown}, but the towers have {sorted(streams)}")
-    fused = fuse_norms(model, spec, centre_all_embeddings)
+    fuse_norms(model, spec, centre_all_embeddings)
     for norm, linears in readers.items():
         for name in linears:
             rotate_inputs(matrix_of(name, model.get_submodule(name)), streams[widths[norm]])
@@ -108,10 +74,31 @@ def rotate(
                 rotate_heads(model, attention, heads, fallback, seed)
         if feed_forward:
             for name in any_sites(model, tower.feed_forward_outputs):
-                rotate_inputs(matrix_of(name, model.get_submodule(name)), planned[name])
-    record = RotationRecord(streams, planned, fused)
+                rotate_inputs(matrix_of(name, model.get_submodule(name)), record.online[name])
     install_online(model, record)
-    return record
+    after = dict(model.named_parameters())
+    added = tuple(name for name in after if name not in before)
+    return replace(record, added=added, removed={n: size for n, size in before.items() if n not in after})
+
+
+def planned(
+    model: nn.Module,
+    spec: ModelSpec,
+    seed: int,
+    residual: Residual,
+    heads: Heads,
+    feed_forward: bool,
+    fallback: Fallback,
+) -> RotationRecord:
+    """What `rotate` would do, found possible; without the names of parameters. Nothing changes. Raises as `rotate`."""
+    if heads not in get_args(Heads):
+        raise ValueError(f"heads={heads!r}: expected 'none', 'merged' or 'online'")
+    streams = {tower.width: stream_rotation(tower.width, seed, residual, fallback) for tower in spec.towers}
+    online = online_rotations(model, spec, heads, feed_forward, fallback, seed)
+    widths = {model.get_submodule(name).weight.numel() for name in readers_of_norms(model, spec)}
+    if unknown := sorted(widths - set(streams)):
+        raise ValueError(f"norms of width {unknown}, but the towers have {sorted(streams)}")
+    return RotationRecord(streams, online, kinds_of_norms(model, spec))
 
 
 def stream_rotation(width: int, seed: int, residual: str, fallback: Fallback) -> Rotation:
@@ -154,6 +141,8 @@ def online_rotations(
             raise ValueError(
                 f"tower {tower.name!r} has no feed_forward_outputs in the model's spec: choose feed_forward=False"
             )
+        for attention in tower.attentions if heads != "none" else ():
+            unsigned(attention.head_dim, fallback, seed)  # raises where none fits
         for attention in tower.attentions if heads == "online" else ():
             across = kronecker(unsigned(attention.num_heads, fallback, seed), identity(attention.head_dim))
             found.update(dict.fromkeys(any_sites(model, attention.output), across))
@@ -191,32 +180,6 @@ def rotate_heads(model: nn.Module, attention: Attention, heads: Heads, fallback:
         rotate_inputs(matrix, kronecker(across, identity(attention.head_dim)))
 
 
-class RotateInput:
-    """A hook that rotates the first input of a linear layer. Hooks that are added later see it rotated."""
-
-    def __init__(self, rotation: Rotation) -> None:
-        self.rotation = rotation
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the module is called with instead."""
-        return (self.rotation(args[0]), *args[1:])
-
-
-def install_online(model: nn.Module, record: RotationRecord) -> list[RemovableHandle]:
-    """Rotate inputs at run time, in a model with rotated weights; names and weights stay as they are.
-
-    Raises:
-        ValueError: a layer rotates its input already.
-    """
-    handles = []
-    for name, rotation in record.online.items():
-        module = model.get_submodule(name)
-        if any(isinstance(hook, RotateInput) for hook in module._forward_pre_hooks.values()):
-            raise ValueError(f"{name} rotates its input already")
-        handles.append(module.register_forward_pre_hook(RotateInput(rotation)))
-    return handles
-
-
 class Rotate:
     """Rotates a model before it is quantized; the options of `rotate`.
 
@@ -249,15 +212,15 @@ class Rotate:
         self.residual, self.heads, self.feed_forward, self.seed = residual, heads, feed_forward, seed
         self.fallback, self.centre_all_embeddings = fallback, centre_all_embeddings
 
+    def plan(self, model: nn.Module, spec: ModelSpec) -> RotationRecord:
+        """What `apply` would do; see `planned`."""
+        return planned(model, spec, *self._options)
+
     def apply(self, model: nn.Module, spec: ModelSpec) -> RotationRecord:
         """Rotate ``model`` in place; see `rotate`. Every rank does the same to its own copy."""
-        return rotate(
-            model,
-            spec,
-            self.seed,
-            self.residual,
-            self.heads,
-            self.feed_forward,
-            self.fallback,
-            self.centre_all_embeddings,
-        )
+        return rotate(model, spec, *self._options, self.centre_all_embeddings)
+
+    @property
+    def _options(self) -> tuple[int, Residual, Heads, bool, Fallback]:
+        """Those of `planned`."""
+        return self.seed, self.residual, self.heads, self.feed_forward, self.fallback

@@ -18,7 +18,8 @@ from transformers import (
 from fulgurite.backbones.language_specs import language_spec
 from fulgurite.methods.quantization.hadamard import Rotation
 from fulgurite.methods.quantization.norm_fusing import fuse_norms, norm_kind, untie_head
-from fulgurite.methods.quantization.rotation import Rotate, RotationRecord, install_online, rotate
+from fulgurite.methods.quantization.rotation import Rotate, rotate
+from fulgurite.methods.quantization.rotation_record import RotationRecord, install_online
 from fulgurite.methods.structure import ModelSpec, Tower
 
 IDS = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(1))
