@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fulgurite.methods.finite import all_finite
 from fulgurite.methods.statistics.gram import full_precision
 
 SOLVED_AT_ONCE = 64
@@ -57,7 +58,7 @@ def inverse_factor(reversed_hessian: Tensor) -> Tensor | None:
     if failed.item():
         return None
     upper = invert_lower_(lower).flip(0, 1)
-    return upper if torch.isfinite(upper).all() else None
+    return upper if all_finite(upper) else None
 
 
 def damped_factor(gram: Tensor, order: Tensor | None, percdamp: float, dtype: torch.dtype) -> Factor:
@@ -114,7 +115,7 @@ def checked_gram(gram: Tensor, num_columns: int, percdamp: float) -> Tensor:
     """
     if gram.shape != (num_columns, num_columns):
         raise ValueError(f"a Gram matrix of {tuple(gram.shape)} for a weight of {num_columns} columns")
-    if not torch.isfinite(gram).all() or (gram.diagonal() < 0).any():
+    if not all_finite(gram) or (gram.diagonal() < 0).any():
         raise ValueError("the Gram matrix holds NaN or infinite entries, or negative ones on its diagonal")
     if not 0 <= percdamp < math.inf:
         raise ValueError(f"percdamp={percdamp}: expected a number from 0 on")

@@ -170,26 +170,32 @@ def gptq(
         scale, zero = dense.new_empty(2, int(group_index.max()) + 1, len(dense))
     factor = damped_factor(gram, perm, percdamp, dense.dtype)
 
-    columns = torch.arange(num_columns, device=dense.device) if perm is None else perm
-    solved = dense.T.index_select(0, columns)
-    kept_columns = None if kept is None else kept.T.index_select(0, columns)
-    pruned_columns = None if pruned is None else pruned.T.index_select(0, columns)
-    dead = (gram.diagonal() == 0)[columns, None]
+    def in_order(rows: Tensor) -> Tensor:
+        """A matrix (out, in) as (in, out), its columns in the order in which they are solved."""
+        return rows.T.clone(memory_format=torch.contiguous_format) if perm is None else rows.T.index_select(0, perm)
+
+    def as_given(columns: Tensor) -> Tensor:
+        """The other way."""
+        return (columns if perm is None else columns.index_select(0, perm.argsort())).T.contiguous()
+
+    solved = in_order(dense)
+    kept_columns = None if kept is None else in_order(kept)
+    pruned_columns = None if pruned is None else in_order(pruned)
+    dead = in_order((gram.diagonal() == 0)[None])
     solved.masked_fill_(dead if kept is None or zero_dead_kept else dead & ~kept_columns, 0)
     rule = GridRule(
         solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns, pruned_columns
     )
     loss = solve_columns(solved, factor.upper, rule, block_size)
 
-    inverse = columns.argsort()
     quantized = QuantizedWeight(
-        integers=rule.integers[inverse].T.contiguous(),
+        integers=as_given(rule.integers),
         scale=scale.T.to(scale_dtype or dense.dtype).contiguous(),
         zero=zero.T.to(torch.uint8).contiguous(),
         group_index=group_index,
         bits=bits,
         kept=kept,
-        kept_values=None if kept is None else solved[inverse].T[kept].to(weight.dtype),
+        kept_values=None if kept is None else as_given(solved)[kept].to(weight.dtype),
     )
     damping = factor.damping
     del factor, solved

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fulgurite.methods.finite import all_finite
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -56,7 +58,13 @@ class QuantizedWeight:
             working = torch.promote_types(working, self.kept_values.dtype)
         index = self.group_index.long()
         values = self.integers.to(working)
-        values.sub_(self.zero.to(working)[:, index]).mul_(self.scale.to(working)[:, index])
+        scale, zero = self.scale.to(working), self.zero.to(working)
+        groups, widths = index.unique_consecutive(return_counts=True)
+        if len(groups) == scale.shape[1]:  # every group lies in one piece, so that nothing need be gathered
+            for group, part in zip(groups.tolist(), values.split(widths.tolist(), dim=1)):
+                part.sub_(zero[:, group, None]).mul_(scale[:, group, None])
+        else:
+            values.sub_(zero[:, index]).mul_(scale[:, index])
         if self.kept is not None:
             values[self.kept] = self.kept_values.to(working)
         return values if dtype is None else values.to(dtype)
@@ -96,6 +104,6 @@ def checked_weight(weight: Tensor) -> Tensor:
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"a weight of {tuple(weight.shape)} in {weight.dtype}: expected a matrix (out, in) of floats")
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError("the weight holds NaN or infinite entries")
     return weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
