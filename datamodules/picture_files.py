@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from fulgurite.samples.errors import DataError
 from fulgurite.samples.picture import SUFFIXES, Picture
+
+T = TypeVar("T")
 
 
 def drawn_pictures(folder: Path, count: int, seed: int) -> list[Picture]:
@@ -17,7 +21,12 @@ def drawn_pictures(folder: Path, count: int, seed: int) -> list[Picture]:
         DataError: there are fewer.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(paths) < count:
-        raise DataError(f"{folder} holds {len(paths)} pictures, and {count} are wanted: lower --samples")
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed))
-    return [Picture(paths[place]) for place in order[:count].tolist()]
+    return [Picture(path) for path in drawn(paths, count, seed, f"{folder} holds {len(paths)} pictures")]
+
+
+def drawn(items: Sequence[T], count: int, seed: int, found: str) -> list[T]:
+    """``count`` of ``items``, drawn without replacement. Raises DataError, which begins with ``found``: too few."""
+    if len(items) < count:
+        raise DataError(f"{found}, and {count} are wanted: lower --samples")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[place] for place in order[:count].tolist()]
