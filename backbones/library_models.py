@@ -21,6 +21,7 @@ from fulgurite.backbones.specs import spec_of
 from fulgurite.checkpoints import MissingError, RefusedError
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.tensorfile import map_file
+from fulgurite.methods.quantization.rotation_record import ROTATION
 from fulgurite.methods.quantization.storage import COMPRESSED, masks_of
 from fulgurite.methods.structure import ModelSpec
 
@@ -153,7 +154,7 @@ def open_library_model(source: Source, like: Path | None = None) -> LibraryModel
     """The model of a folder, or of a file with ``like``, the folder of its configuration.
 
     Raises:
-        RefusedError: it is quantized already.
+        RefusedError: it is quantized or rotated already.
         MissingError: nothing says how it is built.
         ValueError: nothing is known of its structure.
     """
@@ -168,9 +169,16 @@ def open_library_model(source: Source, like: Path | None = None) -> LibraryModel
     config = read_config(folder / CONFIG) if library == "hf" else {}
     if "quantization_config" in config or any(about["bits"] is not None for about in facts.values()):
         raise RefusedError(f"{source.path} is quantized already: take the model that it was made from")
+    require_not_rotated(source)
     model = model_of(library, source.tensors, folder, None)
     masks = masks_of(map_file(source.path / MASKS), facts) if facts else {}
     return LibraryModel(library, model, spec_of(model), folder, masks)
+
+
+def require_not_rotated(source: Source) -> None:
+    """Raise `RefusedError` where tensors alone are not the model that their names say."""
+    if source.manifest is not None and ROTATION in source.manifest.facts:
+        raise RefusedError(f"{source.path} is rotated already: take the model that it was made from")
 
 
 def other_linears(model: nn.Module, layers: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from fulgurite.checkpoints import digest_of_json, digest_of_tensor
 from fulgurite.commands.errors import ConfigError
 from fulgurite.datamodules.picture_files import drawn_pictures
 from fulgurite.datamodules.text_windows import consecutive_windows, random_windows, token_ids
+from fulgurite.methods.quantization.rsq import rolled_copies
 
 TOKENS_AT_ONCE = 2048  # of windows that run together
 AT_ONCE = 16  # pictures
@@ -26,13 +27,25 @@ def calibration(opened: LibraryModel, options: Any) -> tuple[list[dict[str, Tens
         batches = [opened.picture_inputs(images[at : at + AT_ONCE]) for at in range(0, len(images), AT_ONCE)]
         digest = digest_of_json([digest_of_tensor(tensor) for batch in batches for tensor in batch.values()])
         return batches, {"samples": options.samples, "seed": options.seed, "data": digest}
+    copies = options.get("rolled_copies", 1)
+    if copies != 1 and options.text is None:
+        raise ConfigError(f"--rolled_copies {copies}: windows of text are rolled, and there is no --text; leave it out")
     if options.text is None:
         return [], {}
     require_length(opened, options.length)
     ids = token_ids(files_of(options.text), opened.tokenize)
-    windows = random_windows(ids, options.samples, options.length, options.seed)
+    windows = rolled(random_windows(ids, options.samples, options.length, options.seed), copies)
     facts = {"samples": options.samples, "length": options.length, "seed": options.seed, "tokens_of_text": len(ids)}
+    facts |= {} if copies == 1 else {"rolled_copies": copies}
     return inputs_of(opened, windows), {**facts, "data": digest_of_tensor(windows)}
+
+
+def rolled(windows: Tensor, copies: int) -> Tensor:
+    """Windows and their rolled copies; see `rolled_copies`."""
+    try:
+        return rolled_copies(windows, copies)
+    except ValueError as error:
+        raise ConfigError(f"--rolled_copies: {error}") from error
 
 
 def evaluated(opened: LibraryModel, options: Any) -> Tensor | None:

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 Allow = tuple[str, ...]
 FLAGS = ("--dry_run", "--report")
 SAMPLES = 128
-OF_FILES = ("text", "pictures", "length", "evaluate", "evaluate_samples", "format", "like", "max_shard_size", "report")
+OF_ROTATION = ("rotation", "rolled_copies")
+OF_WINDOWS = ("length", "evaluate", "evaluate_samples")
+OF_FILES = ("text", "pictures", *OF_WINDOWS, "format", "like", "max_shard_size", "report", *OF_ROTATION)
 DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
 
 
@@ -178,7 +180,13 @@ def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, optio
 
 def refuse_options_of_files(path: Path, options: Any) -> None:
     """Raise ConfigError where an option speaks of another library's model."""
-    defaults = {"length": DEFAULT_LENGTH, "max_shard_size": DEFAULT_SHARDS, "report": False, "format": DEFAULT_FORMAT}
+    defaults = {
+        "length": DEFAULT_LENGTH,
+        "max_shard_size": DEFAULT_SHARDS,
+        "report": False,
+        "format": DEFAULT_FORMAT,
+        "rolled_copies": 1,
+    }
     given = [name for name in OF_FILES if options.get(name, defaults.get(name)) != defaults.get(name)]
     if given:
         raise ConfigError(

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.backbones.library_models import LibraryModel
+from fulgurite.backbones.rotated_models import require_rotatable, rotate_model
 from fulgurite.callbacks.compress_step import LAYERS, CompressAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
+from fulgurite.callbacks.steps import described
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
@@ -30,6 +32,8 @@ from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.papers import papers_of
 from fulgurite.methods.quantization.compressed_tensors import require_fits
 from fulgurite.methods.quantization.quantized_weight import Compressed
+from fulgurite.methods.quantization.rotation import Rotate
+from fulgurite.methods.quantization.rotation_record import ROTATION
 from fulgurite.methods.ranks import ALONE
 from fulgurite.metrics.perplexity import perplexity
 from fulgurite.modules.compressed_files import weights_of, write
@@ -56,6 +60,7 @@ class Job:
         stored: the layout of the result.
         data: what the calibration data are.
         evaluation: windows to score, or None.
+        rotation: of the model before it is measured, or None.
     """
 
     verb: str
@@ -69,6 +74,7 @@ class Job:
     stored: Stored
     data: dict[str, Any]
     evaluation: Tensor | None
+    rotation: Rotate | None
 
     @property
     def num_weights(self) -> int:
@@ -83,6 +89,7 @@ class Job:
                 "source": self.source.digest,
                 "step": self.step.settings,
                 "data": self.data,
+                "rotation": described(self.rotation),
                 "device": self.walk.device.type,
                 "torch": torch.__version__,
             }
@@ -100,6 +107,9 @@ def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, v
     if opened.masks and verb == "prune":
         raise ConfigError(f"{path} is pruned already: prune the model that it was made from, to the sparsity wanted")
     require_readable(opened, path, step, options)
+    rotation: Rotate | None = options.get("rotation")
+    if rotation is not None:
+        require_rotatable(opened, rotation, path, options.format)
     batches, data = calibration(opened, options)
     evaluation = evaluated(opened, options)
     opened.model.to(device)
@@ -116,7 +126,7 @@ def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, v
             require_layout(step, {name: opened.model.get_submodule(name) for name in weights})
     copy.copy(compressor).begin(weights)
     stored: Stored = "dense" if verb == "prune" else options.format
-    return Job(verb, source, opened, step, walk, compressor, weights, masks, stored, data, evaluation)
+    return Job(verb, source, opened, step, walk, compressor, weights, masks, stored, data, evaluation, rotation)
 
 
 def require_layout(step: QuantizeAtCheckpoint, layers: Mapping[str, nn.Module]) -> None:
@@ -164,6 +174,8 @@ def preview(job: Job, out: Path) -> int:
     if job.data:
         what = f"x {job.data['length']} tokens" if "length" in job.data else "pictures"
         table.add_row("calibration", f"{job.data['samples']} {what}")
+    if job.rotation is not None:
+        table.add_row("rotation", f"{type(job.rotation).__name__}, heads {job.rotation.heads}")
     table.add_row("layout", job.stored)
     console().print(table)
     return DONE
@@ -173,11 +185,12 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
     """Compress, write, and print what came of it. A call that was cut short goes on after the last whole block."""
     blocks = SavedBlocks(partial_folder(out), job.fingerprint, ALONE)
     metrics = scores(job, "perplexity_before")
+    rotated = {} if job.rotation is None else {ROTATION: rotate_model(job.opened, job.rotation).data()}
     facts, results = compress(job, blocks)
     reports = [blocks.reports[name] for name in results]
     metrics |= scores(job, "perplexity")
     weights = weights_of(job.opened, results, job.stored)
-    facts["totals"] = {**totals(reports), "stored_bits": weights.stored_bits}
+    facts |= {**rotated, "totals": {**totals(reports), "stored_bits": weights.stored_bits}}
     manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
     try:
         write(
@@ -223,7 +236,9 @@ def manifest_of(job: Job, facts: dict[str, Any], metrics: dict[str, float]) -> M
     """What made the result, and of what."""
     given = {name: value for name, value in job.step.settings["init_args"].items() if value is not None}
     compressor = given.pop("pruner" if job.verb == "prune" else "quantizer")
-    facts = {**facts, "papers": papers_of(job.compressor)}
+    methods = [job.compressor, *([job.rotation] if job.rotation is not None else [])]
+    facts = {**facts, "papers": list(dict.fromkeys(paper for each in methods for paper in papers_of(each)))}
+    given |= {} if job.rotation is None else {ROTATION: described(job.rotation)}
     if job.evaluation is not None:
         facts["evaluation"] = {"windows": list(job.evaluation.shape), "data": digest_of_tensor(job.evaluation)}
     return new_manifest(

@@ -23,10 +23,13 @@ def add_method(parser: jsonargparse.ArgumentParser) -> None:
     """Add the quantizer, what is settled on the whole model before, and the layout."""
     from fulgurite.methods.quantization.base import Quantizer
     from fulgurite.methods.quantization.bit_budget import BitBudget
+    from fulgurite.methods.quantization.rotation import Rotate
     from fulgurite.methods.quantization.rsq import TokenImportance
     from fulgurite.methods.quantization.tacq import TaskCircuit
 
     parser.add_subclass_arguments(Quantizer, "quantizer", required=True, help="how, and to how many bits, as Gptq")
+    parser.add_argument("--rotation", type=Rotate | None, default=None, help="of a language model, before (Rotate)")
+    parser.add_argument("--rolled_copies", type=int, default=1, help="of a window of text, shifted (RSQ); itself one")
     parser.add_argument(
         "--importance", type=TokenImportance | None, default=None, help="how much tokens count (TokenImportance, RSQ)"
     )

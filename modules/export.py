@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fulgurite.backbones.foreign_models import library_of, model_of
 from fulgurite.backbones.fresh import TOLERANCE
+from fulgurite.backbones.library_models import require_not_rotated
 from fulgurite.backbones.parts import Part
 from fulgurite.backbones.probe import probe
 from fulgurite.backbones.reload import TEXT, outputs, relative_error, tokens_of
@@ -102,6 +103,7 @@ def prepare_files(
         raise RefusedError(f"{like} is a model of {found}, and is not converted to {to}: use --to {found}")
     if like is not None and architecture is not None:
         raise RefusedError(f"--architecture {architecture}: {like} says already what the model is; leave it out")
+    require_not_rotated(source)
     model = model_of(to, source.tensors, like, architecture)
     tokens = None if like is None else tokens_of(str(like))
     inputs = inputs or probe(to, model)

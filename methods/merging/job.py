@@ -18,6 +18,7 @@ from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
 from fulgurite.methods.merging.base import Merger
 from fulgurite.methods.merging.plan import PIECE, Plan
+from fulgurite.methods.quantization.rotation_record import ROTATION
 from fulgurite.methods.quantization.storage import COMPRESSED
 
 BUDGET = 96 * 2**20  # bytes that pieces may take on all threads together
@@ -119,7 +120,8 @@ def job_of(
         CheckpointError: a source is pruned or quantized, the configuration cannot say it, or the disk is too small.
     """
     for source in sources:
-        if source.manifest is not None and source.manifest.facts.get(COMPRESSED):
+        facts = {} if source.manifest is None else source.manifest.facts
+        if facts.get(COMPRESSED) or ROTATION in facts:  # rotated weights have no tensor that says it
             raise RefusedError(
                 f"{source.path} is pruned or quantized, which a merge would undo: compress after merging"
             )
