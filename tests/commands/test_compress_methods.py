@@ -124,6 +124,6 @@ def test_a_run_is_compressed_by_the_step_of_a_fit_on_its_own_data(run, tmp_path,
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert {path.name for path in tmp_path.iterdir()} == {"out", "step"}
     capfd.readouterr()
-    assert main([*argv, str(tmp_path / "no"), "--text", "a.txt", "--format", "own"]) == 2
-    assert "--text, --format: " in capfd.readouterr().err
+    assert main([*argv, str(tmp_path / "no"), "--text", "a.txt", "--format", "own", "--rotation", "Rotate"]) == 2
+    assert "--text, --format, --rotation: " in capfd.readouterr().err
     assert not (tmp_path / "no").exists()

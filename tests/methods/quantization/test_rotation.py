@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,16 @@ from transformers import (
 )
 
 from fulgurite.backbones.language_specs import language_spec
+from fulgurite.checkpoints import DamagedError
 from fulgurite.methods.quantization.hadamard import Rotation
 from fulgurite.methods.quantization.norm_fusing import fuse_norms, norm_kind, untie_head
 from fulgurite.methods.quantization.rotation import Rotate, rotate
-from fulgurite.methods.quantization.rotation_record import RotationRecord, install_online
+from fulgurite.methods.quantization.rotation_record import (
+    RotationRecord,
+    install_online,
+    named_as_before,
+    restore,
+)
 from fulgurite.methods.structure import ModelSpec, Tower
 
 IDS = torch.randint(3, 37, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -126,6 +133,31 @@ def test_what_was_done_is_stored_and_done_again_at_run_time():
         install_online(fresh, again)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_from_files_becomes_the_rotated_one(family, tied):
+    model, fresh = build(family, tied, torch.float64), build(family, tied, torch.float64)
+    state = copy.deepcopy(model.state_dict())
+    plan = Rotate().plan(model, language_spec(model))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    record = rotate(model, language_spec(model))
+    assert (plan.streams, plan.online, plan.fused) == (record.streams, record.online, record.fused)
+    tensors = dict(model.state_dict())
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.fill_(7)
+    before = named_as_before(tensors, record)
+    assert before.keys() | {"lm_head.weight"} == fresh.state_dict().keys() | {"lm_head.weight"}
+    fresh.load_state_dict(before, strict=False)  # a tied head has no tensor of its own
+    restore(fresh, record, tensors)
+    assert fresh.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in fresh.state_dict().items())
+    assert torch.equal(logits(fresh), logits(model))
+    if record.added:
+        with pytest.raises(DamagedError, match="is missing"):
+            named_as_before({n: t for n, t in tensors.items() if n not in record.added}, record)
+
+
 def test_options_are_checked_before_a_model_is_there():
     one, other = build("llama", False, torch.float64), build("llama", False, torch.float64)
     options = {"residual": "gaussian", "heads": "merged", "feed_forward": False, "seed": 4}
@@ -189,6 +221,8 @@ def test_what_a_spec_leaves_out_is_an_error_before_any_change():
         rotate(model, changed(writers=tower.writers[1:]))
     with pytest.raises(ValueError, match="heads='none'"):
         rotate(model, changed(attentions=()))
+    with pytest.raises(ValueError, match="no Hadamard matrix of size 7"):
+        rotate(model, changed(attentions=(replace(tower.attentions[0], head_dim=7),)), heads="merged")
     with pytest.raises(ValueError, match="feed_forward=False"):
         rotate(model, changed(feed_forward_outputs=None))
     with pytest.raises(LookupError, match="norm_linear"):
