@@ -6,7 +6,6 @@ B windows or pictures, S tokens, V vocabulary.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fulgurite.backbones.dual_encoders import (
+    caption_inputs,
+    is_dual_encoder,
+    masks_of_captions,
+    pair_loss,
+    tokenizer_of,
+)
 from fulgurite.backbones.foreign_models import CONFIG, library_of, model_of, read_config
 from fulgurite.backbones.specs import spec_of
 from fulgurite.checkpoints import MissingError, RefusedError
@@ -29,7 +35,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 PROCESSOR = "preprocessor_config.json"
-VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|.*\.(model|tiktoken)")
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")  # whose first position is the one behind that of padding
 MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
 
@@ -63,19 +68,18 @@ class LibraryModel:
         """Whether it reads text and gives logits of what comes next."""
         return self.reads == "text" and self.model.can_generate()
 
+    @property
+    def reads_pairs(self) -> bool:
+        """Whether it has a tower for pictures and one for captions, and so a loss of pairs."""
+        return is_dual_encoder(self.spec)
+
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text by the folder's own tokenizer.
 
         Raises:
             MissingError: it has none.
         """
-        from transformers import AutoTokenizer
-
-        # Without a file transformers makes a tokenizer that knows no word.
-        if not any(VOCABULARY.fullmatch(path.name) for path in self.folder.iterdir()):
-            raise MissingError(f"{self.folder} has no tokenizer: name a folder with one by --like")
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        return list(tokenizer(text, verbose=False)["input_ids"])
+        return list(tokenizer_of(self.folder)(text, verbose=False)["input_ids"])
 
     @property
     def longest(self) -> int | None:
@@ -117,13 +121,32 @@ class LibraryModel:
         prepare = AutoImageProcessor.from_pretrained(self.folder)
         return {"pixel_values": prepare(images=list(pictures), return_tensors="pt")["pixel_values"]}
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
-        """What the model gives, on its own device, without a cache; of a model of both, its tower for pictures."""
+    def pair_inputs(self, pictures: Sequence[Image], captions: Mapping[str, str]) -> dict[str, Tensor]:
+        """Arguments of a forward pass on pictures and, by where each stands, their captions; see `caption_inputs`.
+
+        Raises:
+            MissingError: the model's files do not say how they are prepared.
+            DataError: a caption is too long.
+        """
+        return self.picture_inputs(pictures) | caption_inputs(self.library, self.model, self.folder, captions)
+
+    def token_masks(self, inputs: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """(B, S) nonzero for the tokens of captions that count, for those of the layers ``names`` that see captions."""
+        if not is_pairs(inputs):
+            return {}
+        return masks_of_captions(self.library, self.model, self.spec, inputs, names)
+
+    def given(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs on the model's device."""
         device = next(self.model.parameters()).device
-        given = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        """What the model gives, on its own device, without a cache; without captions, of its tower for pictures."""
+        given = self.given(inputs)
         if self.library == "open_clip":
-            return self.model.encode_image(given["image"])
-        if "pixel_values" in given and hasattr(self.model, "get_image_features"):
+            return self.model(**given) if is_pairs(given) else self.model.encode_image(given["image"])
+        if "pixel_values" in given and not is_pairs(given) and hasattr(self.model, "get_image_features"):
             return self.model.get_image_features(**given)
         cache = {"use_cache": False} if self.is_language_model else {}
         return self.model(**given, **cache)
@@ -136,7 +159,9 @@ class LibraryModel:
         return logits[:, :-1], inputs["input_ids"][:, 1:].to(logits.device)
 
     def loss(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Mean negative log-likelihood of a token of `text_inputs`."""
+        """Mean negative log-likelihood of a token of `text_inputs`; the `pair_loss` of `pair_inputs`."""
+        if is_pairs(inputs):
+            return pair_loss(self.library, self.model, self.given(inputs))
         logits, targets = self.scored(inputs)
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -148,6 +173,11 @@ class LibraryModel:
         first = {name for name, _ in self.model.named_parameters()}
         tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)} - first
         return {name: tensor for name, tensor in own.items() if name not in tied}
+
+
+def is_pairs(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether they hold captions beside pictures."""
+    return {"pixel_values", "input_ids"} <= inputs.keys() or {"image", "text"} <= inputs.keys()
 
 
 def open_library_model(source: Source, like: Path | None = None) -> LibraryModel:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 Allow = tuple[str, ...]
 FLAGS = ("--dry_run", "--report")
 SAMPLES = 128
-OF_ROTATION = ("rotation", "rolled_copies")
+DATA = ("text", "pictures", "pairs")
 OF_WINDOWS = ("length", "evaluate", "evaluate_samples")
-OF_FILES = ("text", "pictures", *OF_WINDOWS, "format", "like", "max_shard_size", "report", *OF_ROTATION)
+OF_ROTATION = ("rotation", "rolled_copies")
+OF_FILES = (*DATA, "batch_size", *OF_WINDOWS, "format", "like", "max_shard_size", "report", *OF_ROTATION)
 DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
 
 
@@ -84,11 +85,26 @@ def common_parser(verb: str) -> jsonargparse.ArgumentParser:
     parser.add_argument("--out", type=str, required=True, help="folder to make; must not be there yet, or be empty")
     parser.add_argument("--layers", type=str | None, default=None, help="full pattern of their names; default: all")
     parser.add_argument("--towers", type=list[str] | None, default=None, help="whose blocks; default: all")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="windows of text, or training samples of a run")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="windows, pictures, pairs, or training samples of a run"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
     texts = list[str] | str | None
     parser.add_argument("--text", type=texts, default=None, help="files to calibrate with: text, or jsonl with 'text'")
     parser.add_argument("--pictures", type=str | None, default=None, help="folder to calibrate an image model with")
+    parser.add_argument(
+        "--pairs",
+        type=str | None,
+        default=None,
+        help='jsonl with {"image": "a.jpg", "text": "a dog"} to calibrate both towers of CLIP and its kin with; '
+        "tokenizers of open_clip cut captions that are longer than the context, others are refused",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int | None,
+        default=None,
+        help="windows, pictures or pairs that run together, and share a loss; default: windows of 2048 tokens, or 16",
+    )
     parser.add_argument("--length", type=int, default=DEFAULT_LENGTH, help="tokens of a window of text")
     parser.add_argument("--evaluate", type=texts, default=None, help="files to measure perplexity on, before and after")
     parser.add_argument("--evaluate_samples", type=int | None, default=None, help="first windows of it; default: all")
@@ -110,7 +126,7 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
     from fulgurite.commands.runs import checkpoint_at, is_run
 
     out, path = Path(options.out), Path(options.model)
-    for name in ("samples", "evaluate_samples"):
+    for name in ("samples", "batch_size", "evaluate_samples"):
         if options[name] is not None and options[name] < 1:
             raise ConfigError(f"--{name} {options[name]}: must be at least 1")
     require_new(out)
@@ -126,7 +142,7 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
 
     if options.record is not None:
         raise ConfigError(f"--record {options.record}: {path} is no checkpoint of a run; give --text")
-    step = step_of(options, options.text is not None or options.pictures is not None)
+    step = step_of(options, bool(data_given(options)))
     source = open_source(path)
     opened = open_library_model(source, None if options.like is None else Path(options.like))
     with exposed_attention(opened.model, opened.spec.inside_blocks):
@@ -134,6 +150,14 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
         if options.dry_run:
             return compress_model.preview(job, out)
         return compress_model.carry_out(job, out, options.report, options.max_shard_size)
+
+
+def data_given(options: Any) -> str | None:
+    """The option that names data to calibrate with, if any. Raises ConfigError for more than one."""
+    given = [name for name in DATA if options[name] is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(f'--{name}' for name in given)}: a model is calibrated with one of them")
+    return given[0] if given else None
 
 
 def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool = False) -> CalibrationSamples | None:
@@ -151,9 +175,11 @@ def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool
     from fulgurite.callbacks.compress_data import CalibrationSamples
 
     if measured and not with_data:
-        raise ConfigError("this method measures a model on data: give --text FILE or --pictures FOLDER, what it reads")
-    if (options.text or options.pictures) is not None and not (measured or optional):
-        raise ConfigError("this method needs no data: leave out --text and --pictures")
+        raise ConfigError(
+            "this method measures a model on data: give --text FILE, --pictures FOLDER or --pairs FILE, what it reads"
+        )
+    if (given := data_given(options)) and not (measured or optional):
+        raise ConfigError(f"this method needs no data: leave out --{given}")
     return CalibrationSamples(options.samples, options.seed) if with_data and (measured or optional) else None
 
 

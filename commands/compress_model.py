@@ -20,7 +20,8 @@ from fulgurite.callbacks.steps import described
 from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
-from fulgurite.commands.calibration_inputs import calibration, evaluated, inputs_of
+from fulgurite.commands.calibration_inputs import calibration, evaluated, inputs_of, require_partners
+from fulgurite.commands.compress import data_given
 from fulgurite.commands.compress_output import documents_of, show_layers, show_result
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
@@ -115,7 +116,7 @@ def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, v
     opened.model.to(device)
     if options.pictures is not None and step.towers is None:
         step.towers = [PICTURES]
-    walk = LayerWalk(opened.model, opened.spec, batches, opened.forward, towers=step.towers)
+    walk = LayerWalk(opened.model, opened.spec, batches, opened.forward, opened.token_masks, towers=step.towers)
     weights = matrices(walk, step.layers)
     named = {tensor_name(opened.model, layer): layer for layer in weights}
     masks = {named[name]: mask for name, mask in opened.masks.items() if name in named}
@@ -151,17 +152,21 @@ def require_package() -> None:
 def require_readable(opened: LibraryModel, path: Path, step: CompressAtCheckpoint, options: Any) -> None:
     """Refuse data that the model does not read, and scores that it does not give."""
     kind = type(opened.model).__name__
-    for given, name in ((options.text, "text"), (options.pictures, "pictures")):
-        if given is not None and opened.reads != name:
-            raise ConfigError(f"--{name}: {kind} of {path} is measured on {opened.reads}: give --{opened.reads}")
+    known = [opened.reads, *(["pairs"] if opened.reads_pairs else [])]
+    if (name := data_given(options)) and name not in known:
+        wanted = " or ".join(f"--{each}" for each in known)
+        raise ConfigError(f"--{name}: {kind} of {path} is measured on {opened.reads}: give {wanted}")
     if options.pictures is not None and set(step.towers or []) - {PICTURES}:
         raise ConfigError(f"--towers {step.towers}: pictures go through the tower {PICTURES!r} alone; leave out others")
     if opened.is_language_model:
         return
     if options.evaluate is not None:
         raise ConfigError(f"--evaluate: {kind} of {path} is no language model and has no perplexity; leave it out")
-    if any(options.get(name) is not None for name in ("allocation", "task_circuit")):
-        raise ConfigError(f"allocation and task_circuit need a loss, and {kind} of {path} is no language model")
+    if options.get("task_circuit") is not None or (options.get("allocation") is not None and options.pairs is None):
+        among = ": allocation has that of --pairs" if opened.reads_pairs else ""
+        raise ConfigError(f"allocation and task_circuit need a loss, and {kind} of {path} is no language model{among}")
+    if options.pairs is not None and options.get("allocation") is not None:
+        require_partners(options)
 
 
 def preview(job: Job, out: Path) -> int:
@@ -172,7 +177,7 @@ def preview(job: Job, out: Path) -> int:
     table.add_row("towers", ", ".join(tower.name for tower in job.walk.towers))
     table.add_row("layers", f"{len(job.weights):,} with {job.num_weights:,} weights")
     if job.data:
-        what = f"x {job.data['length']} tokens" if "length" in job.data else "pictures"
+        what = f"x {job.data['length']} tokens" if "length" in job.data else job.data["of"]
         table.add_row("calibration", f"{job.data['samples']} {what}")
     if job.rotation is not None:
         table.add_row("rotation", f"{type(job.rotation).__name__}, heads {job.rotation.heads}")

@@ -269,7 +269,7 @@ def test_wrong_usage_is_one_message_before_any_work(llamas, tmp_path, capfd):
     rtn, magnitude = ("--quantizer", "Rtn"), ("--pruner", "Magnitude", "--pruner.sparsity", "0.5")
     wrong = {
         "measures a model on data: give --text": ("prune", model, *WANDA),
-        "needs no data: leave out --text and --pictures": ("prune", model, *magnitude, *text(llamas)),
+        "needs no data: leave out --text": ("prune", model, *magnitude, *text(llamas)),
         "a sparsity of 1.5 is outside [0, 1]": ("prune", model, "--pruner", "Wanda", "--pruner.sparsity", "1.5"),
         "did you mean Wanda": ("prune", model, "--pruner", "Wandaa"),
         "matches no linear layer": ("prune", model, *magnitude, "--layers", "nothing"),
