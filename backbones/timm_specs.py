@@ -1,4 +1,4 @@
-"""Where things are in vision transformers of timm, and in open_clip's models of pictures and text."""
+"""Where things are in vision transformers of timm, and in open_clip's models of pictures and text and their towers."""
 
 from __future__ import annotations
 
@@ -34,21 +34,25 @@ def timm_spec(model: nn.Module, root: str = "") -> ModelSpec:
 
 
 def open_clip_spec(model: nn.Module) -> ModelSpec:
-    """A tower for pictures and one for text, which do not read each other.
+    """A tower for pictures and one for text, which do not read each other; of a tower for pictures, it alone.
 
     Raises:
         ValueError: one of them is of a kind that has no spec, or reads the other.
     """
     if hasattr(model, "text_decoder"):
         raise ValueError(f"open_clip's {type(model).__name__} has no spec: its decoder's blocks lie in two lists")
-    visual = model.visual
+    if not hasattr(model, "visual"):
+        return picture_tower_spec(model, "")
+    return joined(picture_tower_spec(model.visual, "visual."), text_spec(model))
+
+
+def picture_tower_spec(visual: nn.Module, root: str) -> ModelSpec:
+    """The tower for pictures, whose modules' names begin with ``root``."""
     if hasattr(visual, "trunk"):
-        vision = timm_spec(visual.trunk, "visual.trunk.")
-    elif hasattr(visual, "transformer"):
-        vision = resblocks("vision", visual.transformer, "visual.transformer")
-    else:
-        raise ValueError(f"open_clip's {type(visual).__name__} has no spec: it is no stack of attention blocks")
-    return joined(vision, text_spec(model))
+        return timm_spec(visual.trunk, f"{root}trunk.")
+    if hasattr(visual, "transformer"):
+        return resblocks("vision", visual.transformer, f"{root}transformer")
+    raise ValueError(f"open_clip's {type(visual).__name__} has no spec: it is no stack of attention blocks")
 
 
 def text_spec(model: nn.Module) -> ModelSpec:

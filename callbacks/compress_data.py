@@ -19,8 +19,8 @@ from fulgurite.checkpoints import digest_of_json
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.ranks import Ranks
-from fulgurite.modules.adapted import BACKBONE, AdaptedModule
 from fulgurite.modules.calibration import counted_inputs, masks_by_layer
+from fulgurite.modules.compression import Compressible
 from fulgurite.samples import Batch, DataError
 from fulgurite.samples.loader import Failure, ResumableLoader
 
@@ -47,7 +47,7 @@ class CalibrationSamples:
 
 
 def calibration_batches(
-    module: AdaptedModule, calibration: CalibrationSamples, context: Context
+    module: Compressible, calibration: CalibrationSamples, context: Context
 ) -> tuple[list[Inputs], dict[str, Any]]:
     """This process's batches, and what the samples of all are.
 
@@ -97,22 +97,23 @@ def dealt(loader: ResumableLoader, ranks: Ranks) -> Iterator[Batch]:
 
 
 def walk_over(
-    module: AdaptedModule, batches: Sequence[Inputs], context: Context, towers: Sequence[str] | None
+    module: Compressible, batches: Sequence[Inputs], context: Context, towers: Sequence[str] | None
 ) -> LayerWalk:
-    """A walk over the blocks of the module's backbone, with its live adapters."""
+    """A walk over the blocks of the module, with its live adapters where it has some."""
+    part, prefix = module.get_submodule(module.compressible_part), f"{module.compressible_part}."
 
     def masks(batch: Inputs, names: Sequence[str]) -> dict[str, Tensor]:
-        found = masks_by_layer(module, [BACKBONE + name for name in names], inputs_of(batch, context.device))
-        return {name.removeprefix(BACKBONE): mask for name, mask in found.items()}
+        found = masks_by_layer(module, [prefix + name for name in names], inputs_of(batch, context.device))
+        return {name.removeprefix(prefix): mask for name, mask in found.items()}
 
     def forward(batch: Inputs) -> None:
-        module.backbone.pass_blocks(inputs_of(batch, context.device))
+        module.pass_blocks(inputs_of(batch, context.device))
 
-    return LayerWalk(module.backbone, module.backbone.spec, batches, forward, masks, context.ranks, towers=towers)
+    return LayerWalk(part, module.blocks_spec(), batches, forward, masks, context.ranks, towers=towers)
 
 
-def loss_of(module: AdaptedModule, context: Context) -> Callable[[Inputs], Tensor]:
-    """Mean cross entropy of the answers of a batch, with the live adapters."""
+def loss_of(module: Compressible, context: Context) -> Callable[[Inputs], Tensor]:
+    """Mean cross entropy of the answers of a batch, with the live adapters where there are some."""
 
     def loss(batch: Inputs) -> Tensor:
         logits = module.answer_logits(inputs_of(batch, context.device))

@@ -1,7 +1,7 @@
-"""Compression as a step: a checkpoint's backbone made smaller block by block, in a second module of its own.
+"""Compression as a step: the blocks of a checkpoint made smaller one by one, in a second module of its own.
 
-The artefact is self-contained: all of the module, the backbone included, with pruned weights beside their masks and
-quantized ones packed. It loads wherever a checkpoint of the run does. The second module is whole in every process,
+The artefact is self-contained: all of the module, a frozen backbone included, with pruned weights beside their masks
+and quantized ones packed. It loads wherever a checkpoint of the run does. The second module is whole in every process,
 whatever the strategy; the processes share the samples that inputs are measured on, and the matrices that are solved.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fulgurite.callbacks.checkpoint_io import MANIFEST_KEY
 from fulgurite.callbacks.compress_data import CalibrationSamples, Inputs, calibration_batches, loss_of, walk_over
-from fulgurite.callbacks.compressed_state import masked, whole_state
+from fulgurite.callbacks.compressed_state import masked, tensor_names, whole_state
 from fulgurite.callbacks.merge_step import documents_of
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
@@ -41,10 +41,11 @@ from fulgurite.methods.compression import (
     totals,
 )
 from fulgurite.methods.layer_walk import LayerWalk
+from fulgurite.methods.packed_attention import exposed_attention
 from fulgurite.methods.papers import papers_of
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.quantization.storage import COMPRESSED
-from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
+from fulgurite.methods.structure import ModelSpec
 from fulgurite.modules.compression import Compressible
 
 LAYERS = "layers"
@@ -54,7 +55,7 @@ OF_STEPS = ("merger", "weights", *STEPS)
 
 
 class CompressAtCheckpoint(Step):
-    """Gives the linear layers of a backbone's blocks new weights; a subclass says by what.
+    """Gives the linear layers of a module's blocks new weights; a subclass says by what.
 
     Memory, in every process: the second module, its compressed matrices once more on the CPU, the hidden states of the
     calibration batches, and what one block and the compressor take.
@@ -64,9 +65,9 @@ class CompressAtCheckpoint(Step):
 
     Args:
         compressor: what becomes of each matrix; it is copied before it is used.
-        layers: full pattern of the names of the layers in the backbone, as ``text\\.encoder\\..*\\.dense``; all linear
-            layers of its blocks where null.
-        towers: names of the backbone's towers whose blocks are compressed; all where null.
+        layers: full pattern of the names of the layers within backbone or image encoder, as
+            ``text\\.encoder\\..*\\.dense``; all linear layers of the blocks where null.
+        towers: names of the towers whose blocks are compressed; all where null.
         calibration: training samples that inputs are measured on, with the live adapters: merge first what is to
             answer for several stages. Of a compressor that needs no inputs, null.
         name: of artefact and figures; that of the compressor's class by default.
@@ -99,12 +100,12 @@ class CompressAtCheckpoint(Step):
         """What becomes of each matrix."""
 
     @abstractmethod
-    def prepare(self, compressor: Compressor, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Look at what is compressed in the source already.
 
         Args:
             compressor: a copy that may be changed.
-            weights: (out, in) that will be compressed, by name of the layer.
+            tensors: names in the checkpoint of the weights that will be compressed, by name of the layer.
             source: the checkpoint.
 
         Returns:
@@ -134,15 +135,14 @@ class CompressAtCheckpoint(Step):
         return None
 
     def check(self, at: str, publisher: PublishedCheckpoint, module: LightningModule) -> None:
-        """Refuse a module without a backbone, and more samples than there are.
+        """Refuse a module without blocks, and more samples than there are.
 
         Raises:
             ValueError: with the option to change.
         """
-        require_backbone(module, self.name)
-        known = [tower.name for tower in module.backbone.spec.towers]
+        known = [tower.name for tower in require_compressible(module, self.name).towers]
         if unknown := sorted(set(self.towers or []) - set(known)):
-            raise ValueError(f"{self.name}: towers={unknown}: {type(module.backbone).__name__} has {known}")
+            raise ValueError(f"{self.name}: towers={unknown}: {type(module).__name__} has {known}")
         if self.calibration is None:
             return
         data = module.trainer.datamodule
@@ -163,17 +163,20 @@ class CompressAtCheckpoint(Step):
         # A checkpoint may be published within a validation, whose tensors know no gradients.
         with torch.inference_mode(False), torch.no_grad():
             module = ranks.agree(lambda: built(source, context))
-            batches, data = ranks.agree(lambda: self._batches(module, context))
-            walk = walk_over(module, batches, context, self.towers)
-            compressor = copy.copy(self.compressor)
-            weights = ranks.agree(lambda: matrices(walk, self.layers))
-            masks = ranks.agree(lambda: self.prepare(compressor, weights, source))
-            blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
-            figures = self.score(compressor, walk, loss_of(module, context), blocks)
-            ranks.agree(lambda: compressor.begin(weights))
-            results = self.solve(walk, compressor, masks, blocks)
-            with module.bank.use(None):
-                module.backbone.refresh()
+            with exposed_attention(module.get_submodule(module.compressible_part), module.blocks_spec().inside_blocks):
+                self._compress(source, module, context, facts)
+
+    def _compress(self, source: Path, module: Compressible, context: Context, facts: Mapping[str, Any]) -> None:
+        ranks = context.ranks
+        batches, data = ranks.agree(lambda: self._batches(module, context))
+        walk = walk_over(module, batches, context, self.towers)
+        compressor = copy.copy(self.compressor)
+        weights = ranks.agree(lambda: matrices(walk, self.layers))
+        masks = ranks.agree(lambda: self.prepare(compressor, tensor_names(module, weights), source))
+        blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
+        figures = self.score(compressor, walk, loss_of(module, context), blocks)
+        ranks.agree(lambda: compressor.begin(weights))
+        results = self.solve(walk, compressor, masks, blocks)
         facts = {**facts, **figures, "papers": papers_of(compressor), **({"data": data} if data else {})}
         ranks.agree(
             lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
@@ -207,7 +210,7 @@ class CompressAtCheckpoint(Step):
             seen(done)
         return results
 
-    def _batches(self, module: AdaptedModule, context: Context) -> tuple[list[Inputs], dict[str, Any]]:
+    def _batches(self, module: Compressible, context: Context) -> tuple[list[Inputs], dict[str, Any]]:
         """This process's batches, and what the samples are; none where none are needed."""
         if self.calibration is None:
             return [], {}
@@ -221,14 +224,14 @@ class CompressAtCheckpoint(Step):
     def _publish(
         self,
         source: Path,
-        module: AdaptedModule,
+        module: Compressible,
         results: Mapping[str, Compressed],
         reports: Mapping[str, LayerReport],
         out: Path,
         facts: Mapping[str, Any],
     ) -> None:
         manifest = read_manifest(source)
-        digest = module.backbone.fingerprint
+        changed = module.weights_changed()
         tensors, compressed = whole_state(module, results, source, manifest)
         before = [each for each in manifest.facts.get(LAYERS, []) if each["name"] not in reports]
         before = [LayerReport.from_data(each) for each in before]
@@ -236,12 +239,7 @@ class CompressAtCheckpoint(Step):
         documents = documents_of(source)
         state = documents["state"]
         state["state_dict"] = {**state["state_dict"], "order": None}
-        state[MANIFEST_KEY] = {
-            **state[MANIFEST_KEY],
-            "kind": "self-contained",
-            "base": None,
-            BACKBONE_DIGEST: digest,
-        }
+        state[MANIFEST_KEY] = {**state[MANIFEST_KEY], "kind": "self-contained", "base": None, **changed}
         own = new_manifest(
             structure={name: value for name, value in manifest.structure.items() if name != SHARDS},
             parents=[{"path": str(source), "digest": manifest.digest}],
@@ -252,7 +250,7 @@ class CompressAtCheckpoint(Step):
             facts={
                 **{name: value for name, value in manifest.facts.items() if name not in OF_SOURCE},
                 **facts,
-                BACKBONE_DIGEST: digest,
+                **changed,
                 COMPRESSED: compressed,
                 LAYERS: [report.data() for report in layers],
                 "totals": totals(layers),
@@ -273,18 +271,21 @@ def blocks_folder(artefact: Path) -> Path:
     return artefact.with_name(f"{artefact.name}-blocks")
 
 
-def require_backbone(module: Any, name: str) -> None:
-    """Raise ValueError where there is nothing to compress."""
-    if not (isinstance(module, AdaptedModule) and isinstance(module, Compressible)):
+def require_compressible(module: Any, name: str) -> ModelSpec:
+    """Where the blocks of a module are. Raises ValueError where there is nothing to compress."""
+    if not isinstance(module, Compressible):
         raise ValueError(
-            f"{name}: {type(module).__name__} has no frozen backbone with blocks: compress a module with adapters, as "
-            "VideoQA, or another library's model by `fulgurite prune` and `fulgurite quantize`"
+            f"{name}: {type(module).__name__} has no blocks that can be compressed: take VideoQA, "
+            "ImageClassifier, or another library's model by `fulgurite prune` and `fulgurite quantize`"
         )
+    try:
+        return module.blocks_spec()
+    except ValueError as error:
+        raise ValueError(f"{name}: {type(module).__name__} has no blocks that can be compressed: {error}") from error
 
 
-def built(source: Path, context: Context) -> AdaptedModule:
+def built(source: Path, context: Context) -> Compressible:
     """The second module of a checkpoint, where it shall lie. Memory: a whole model per process."""
     module = context.build(source).to(context.device)
-    require_backbone(module, str(source))
-    module.self_contained = True
+    require_compressible(module, str(source))
     return module.eval()

@@ -1,4 +1,4 @@
-"""Pruning as a step: weights of a checkpoint's backbone set to zero."""
+"""Pruning as a step: weights of a checkpoint set to zero."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fulgurite.callbacks.compress_data import CalibrationSamples
 from fulgurite.callbacks.compress_step import CompressAtCheckpoint
-from fulgurite.callbacks.compressed_state import layer_of
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
 from fulgurite.methods.calibration import Loss
@@ -24,13 +23,13 @@ from fulgurite.methods.quantization.storage import COMPRESSED
 
 
 class PruneAtCheckpoint(CompressAtCheckpoint):
-    """Prunes the linear layers of a backbone's blocks; see `CompressAtCheckpoint`. Quantize after it, not before.
+    """Prunes the linear layers of a module's blocks; see `CompressAtCheckpoint`. Quantize after it, not before.
 
     Args:
         pruner: how, and how much.
-        layers: full pattern of the names of the layers in the backbone, as ``text\\.encoder\\..*\\.dense``; all linear
-            layers of its blocks where null.
-        towers: names of the backbone's towers whose blocks are pruned; all where null.
+        layers: full pattern of the names of the layers within backbone or image encoder, as
+            ``text\\.encoder\\..*\\.dense``; all linear layers of the blocks where null.
+        towers: names of the towers whose blocks are pruned; all where null.
         calibration: training samples that inputs are measured on, and the model is scored on; null for `Magnitude`
             without an allocation, and `Iterative` by magnitude.
         name: of artefact and figures; that of the pruner's class by default.
@@ -70,11 +69,11 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         """The pruner."""
         return self.pruner
 
-    def prepare(self, compressor: Compressor, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Refuse layers that are quantized, since pruning would take them off their grids."""
         compressed = read_manifest(source).facts.get(COMPRESSED, {})
-        quantized = [layer_of(name) for name, about in compressed.items() if about["bits"] is not None]
-        if both := [name for name in quantized if name in weights]:
+        quantized = {name for name, about in compressed.items() if about["bits"] is not None}
+        if both := [layer for layer, name in tensors.items() if name in quantized]:
             raise ValueError(
                 f"{len(both)} layers of {source} are quantized, first {both[0]}, and pruning would take them off their "
                 "grids: prune before you quantize, or leave them out of layers"

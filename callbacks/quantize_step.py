@@ -1,4 +1,4 @@
-"""Quantization as a step: weights of a checkpoint's backbone on grids of a few bits."""
+"""Quantization as a step: weights of a checkpoint on grids of a few bits."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from fulgurite.methods.quantization.tacq import TaskCircuit
 
 
 class QuantizeAtCheckpoint(CompressAtCheckpoint):
-    """Quantizes the linear layers of a backbone's blocks; see `CompressAtCheckpoint`.
+    """Quantizes the linear layers of a module's blocks; see `CompressAtCheckpoint`.
 
     Weights that were pruned stay 0.
 
     Args:
         quantizer: how, and to how many bits.
-        layers: full pattern of the names of the layers in the backbone, as ``text\\.encoder\\..*\\.dense``; all linear
-            layers of its blocks where null.
-        towers: names of the backbone's towers whose blocks are quantized; all where null.
+        layers: full pattern of the names of the layers within backbone or image encoder, as
+            ``text\\.encoder\\..*\\.dense``; all linear layers of the blocks where null.
+        towers: names of the towers whose blocks are quantized; all where null.
         calibration: training samples that inputs are measured on, and the model is scored on; null for `Rtn` alone.
         name: of artefact and figures; that of the quantizer's class by default.
         importance: how much the tokens of a block count (RSQ); all alike where null.
@@ -68,9 +68,10 @@ class QuantizeAtCheckpoint(CompressAtCheckpoint):
         """The quantizer."""
         return self.quantizer
 
-    def prepare(self, compressor: Compressor, weights: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Have pruned weights stay 0."""
-        masks = {name: mask for name, mask in source_masks(source).items() if name in weights}
+        pruned = source_masks(source)
+        masks = {layer: pruned[name] for layer, name in tensors.items() if name in pruned}
         compressor.keep_zeros(masks)
         return masks
 

@@ -185,7 +185,7 @@ def calibration_of(options: Any, with_data: bool, measured: bool, optional: bool
 
 def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, options: Any, allow: Allow) -> int:
     """Compress a checkpoint of ours by the step that a fit would take."""
-    from fulgurite.callbacks.compress_step import require_backbone
+    from fulgurite.callbacks.compress_step import require_compressible
     from fulgurite.callbacks.steps import Context
     from fulgurite.commands.features import device_named
     from fulgurite.commands.loading import load
@@ -193,7 +193,7 @@ def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, optio
 
     out = Path(options.out)
     module = load(path, allow)
-    require_backbone(module, str(path))
+    require_compressible(module, str(path))
     data = None if step.calibration is None else data_of(path, options.record, allow, module)
     context = Context(out, builder=lambda _: module, data=data, device=device_named(options.device))
     if options.dry_run:

@@ -23,4 +23,5 @@ def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
         (B,) losses.
     """
     nll = -F.log_softmax(logits.float(), dim=-1)
+    nll = nll.where(targets > 0, 0.0)  # what cannot be an answer has -inf for its logit
     return (targets * nll).sum(-1) / targets.sum(-1).clamp(min=1)

@@ -162,6 +162,12 @@ class Classifier(pl.LightningModule, ABC):
         """(B, A) scores, -inf for the classes of other heads than a picture's own."""
         return self.scores_by_head(self.features(inputs["pixels"]), inputs["head"])
 
+    def answer_targets(self, batch: Batch) -> Tensor:
+        """(B, A) 1 for every picture's class, all 0 where its head does not know it; see `Compressible`."""
+        labels = self.labels_of(batch)
+        known = labels >= 0
+        return F.one_hot(labels.where(known, 0), sum(map(len, self.classes.values()))).float() * known[:, None]
+
     def token_masks(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A head counts the pictures of its own domain alone."""
         own = {domain: inputs["head"] == number for number, domain in enumerate(self.heads)}

@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from fulgurite.backbones.frames import FrameEncoder
+from fulgurite.backbones.specs import spec_of
 from fulgurite.methods.schedules import Schedule, StagedSchedule, WarmupLinear
+from fulgurite.methods.structure import ModelSpec
 from fulgurite.modules.classification import Classifier, classes_in, classes_of
 from fulgurite.modules.optimization import ParamGroup, grouped, steps_of_stages
 from fulgurite.samples import Batch
@@ -33,6 +35,8 @@ class ImageClassifier(Classifier):
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate (``heads``, ``encoder``); the rest uses the optimizer's.
     """
+
+    compressible_part = "encoder.model"
 
     def __init__(
         self,
@@ -64,6 +68,18 @@ class ImageClassifier(Classifier):
     def on_fit_start(self) -> None:
         """Lightning leaves every part in the mode that it finds it in, and encoders come in evaluation mode."""
         self.train()
+
+    def blocks_spec(self) -> ModelSpec:
+        """That of the encoder's model by its library; see `Compressible`."""
+        return spec_of(self.encoder.model)
+
+    def pass_blocks(self, inputs: dict[str, Tensor]) -> None:
+        """Through the encoder."""
+        self.features(inputs["pixels"])
+
+    def weights_changed(self) -> dict[str, Any]:
+        """Nothing is derived from the encoder."""
+        return {}
 
     def setup(self, stage: str) -> None:
         """Build the heads from the DataModule's classes; where it has none, a checkpoint brings them."""

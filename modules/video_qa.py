@@ -18,10 +18,11 @@ from fulgurite.backbones.base import QAOutput, VideoQABackbone
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.schedules import Schedule
+from fulgurite.methods.structure import ModelSpec
 from fulgurite.metrics.answer_counts import AnswerCounts, mean_of_known
 from fulgurite.metrics.targets import Targets, targets_of
 from fulgurite.metrics.vqa_accuracy import best_answers
-from fulgurite.modules.adapted import INITIAL, AdaptedModule
+from fulgurite.modules.adapted import BACKBONE_DIGEST, INITIAL, AdaptedModule
 from fulgurite.modules.facts import evaluated_facts, unknown_answers
 from fulgurite.modules.optimization import ParamGroup
 from fulgurite.reports.page import Section
@@ -43,6 +44,7 @@ class VideoQA(AdaptedModule):
     """
 
     saved_buffers = ("val_matrix",)
+    compressible_part = "backbone"
 
     def __init__(
         self,
@@ -108,6 +110,21 @@ class VideoQA(AdaptedModule):
     def answer_targets(self, batch: Batch) -> Tensor:
         """(B, A) scores of the right answers; see `Compressible`."""
         return self.targets(batch).scores
+
+    def blocks_spec(self) -> ModelSpec:
+        """The backbone's; see `Compressible`."""
+        return self.backbone.spec
+
+    def pass_blocks(self, inputs: dict[str, Tensor]) -> None:
+        """Through the backbone, with the adapters that are active."""
+        self.backbone.pass_blocks(inputs)
+
+    def weights_changed(self) -> dict[str, Any]:
+        """The backbone and what is derived from it become part of the checkpoint."""
+        self.self_contained = True
+        with self.bank.use(None):
+            self.backbone.refresh()
+        return {BACKBONE_DIGEST: self.backbone.fingerprint}
 
     def token_masks(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Those of the backbone."""
