@@ -153,8 +153,7 @@ def compressed_blocks(
             moments: dict[str, Tensor] = {}
             if compressor.needs != "nothing":
                 for together in names:
-                    grams = block.grams(together, weights, diagonal=compressor.needs == "energies")
-                    moments.update(grams.means())
+                    moments.update(moments_of(block, together, weights, compressor))
             reshard(block.module)
             solved = solve(walk, compressor, {n: layers[n] for each in names for n in each}, moments)
             for name, (result, error, seconds) in solved.items():
@@ -172,6 +171,20 @@ def groups_of(block: Block, layers: Mapping[str, nn.Module], compressor: Compres
         return [[[name] for name in layers]]
     groups = block.input_groups(layers)
     return [[group] for group in groups] if compressor.sequential else [groups]
+
+
+def moments_of(
+    block: Block, names: Sequence[str], weights: Sequence[Tensor] | None, compressor: Compressor
+) -> dict[str, Tensor]:
+    """What ``compressor`` needs of the inputs of layers that share one.
+
+    Grams come in the type that layers are solved in, which on the CPU takes half of the memory of the sums.
+    """
+    if compressor.needs == "energies":
+        return block.grams(names, weights, diagonal=True).means()
+    types = [block.walk.model.get_submodule(name).weight.dtype for name in names]
+    solved = torch.float64 if torch.float64 in types else torch.float32
+    return block.grams(names, weights).means(dtype=solved)
 
 
 def solve(

@@ -20,23 +20,30 @@ from fulgurite.methods.statistics.base import Statistic
 from fulgurite.methods.structure import sites
 
 ROWS_AT_ONCE = 4096
+DIVIDED_AT_ONCE = 128  # rows of a sum
 
 PerLayer = Tensor | Mapping[str, Tensor] | None
 
 
 @torch.no_grad()
 def gram_of(rows: Tensor, weights: Tensor | None, dtype: torch.dtype, diagonal: bool = False) -> Tensor:
-    """sum_t w_t x_t x_t^T of rows (N, D) in ``dtype``: (D, D), or its diagonal (D,).
-
-    TF32 is off, and autocast leaves products in place alone. Holds a copy of 4096 rows in ``dtype``.
-    """
+    """sum_t w_t x_t x_t^T of rows (N, D) in ``dtype``: (D, D), or its diagonal (D,); see `add_gram`."""
     width = rows.shape[-1]
     out = torch.zeros((width,) if diagonal else (width, width), dtype=dtype, device=rows.device)
+    return add_gram(out, rows, weights)
+
+
+@torch.no_grad()
+def add_gram(out: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Add sum_t w_t x_t x_t^T of rows (N, D) to ``out`` (D, D), or its diagonal to ``out`` (D,), in the type of that.
+
+    TF32 is off, and autocast leaves products in place alone. Holds a copy of 4096 rows in the type of ``out``.
+    """
     with full_precision():
         for start in range(0, len(rows), ROWS_AT_ONCE):
-            x = rows[start : start + ROWS_AT_ONCE].to(dtype)
-            weighted = x if weights is None else x * weights[start : start + ROWS_AT_ONCE, None].to(dtype)
-            if diagonal:
+            x = rows[start : start + ROWS_AT_ONCE].to(out.dtype)
+            weighted = x if weights is None else x * weights[start : start + ROWS_AT_ONCE, None].to(out.dtype)
+            if out.dim() == 1:
                 out += (weighted * x).sum(0)
             else:
                 out.addmm_(weighted.T, x)
@@ -105,7 +112,8 @@ class GramStatistics(Statistic):
         grams.means()["blocks.0.fc1"]
 
     Memory: one (D, D) matrix (or (D,) where ``diagonal``) per distinct input in the type of the sums, 8 D^2 bytes on
-    the CPU and 4 D^2 elsewhere, one more while it is updated, and a copy of 4096 rows.
+    the CPU and 4 D^2 elsewhere, and a copy of 4096 rows; where inputs lie on another device than the sums, one
+    more matrix while it is updated.
 
     Args:
         model: holds the layers. It is not changed, and hooked only inside `watch`.
@@ -223,8 +231,11 @@ class GramStatistics(Statistic):
         if kept is not None:
             rows = rows[kept]
             weights = None if weights is None else weights[kept]
-        own = self.sums[owner]
-        own.add_(gram_of(rows, weights, self.sum_dtype(x.device), self.diagonal).to(own.device, own.dtype))
+        own, dtype = self.sums[owner], self.sum_dtype(x.device)
+        if (own.device, own.dtype) == (rows.device, dtype):
+            add_gram(own, rows, weights)
+        else:
+            own.add_(gram_of(rows, weights, dtype, self.diagonal).to(own.device, own.dtype))
         self.counts[owner] += len(rows) if weights is None else weights.double().sum().to(own.device)
 
     @property
@@ -232,11 +243,12 @@ class GramStatistics(Statistic):
         """Layers that have seen no row: they were not called as modules, or all was masked."""
         return [name for name, owner in self.owner.items() if not self.counts[owner] > 0]
 
-    def means(self, leave_out: Collection[str] = ()) -> dict[str, Tensor]:
+    def means(self, leave_out: Collection[str] = (), dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Layer name -> G (D, D), or its diagonal (D,) where ``diagonal``; layers that share an input share a tensor.
 
         Args:
             leave_out: layers that are not wanted.
+            dtype: of the means; that of the sums by default. No copy in another type is held meanwhile.
 
         Raises:
             ValueError: another layer has seen no row. Names all.
@@ -245,7 +257,12 @@ class GramStatistics(Statistic):
         if empty:
             raise ValueError(f"no input was seen by {empty}: they were not called as modules, or all was masked")
         owner = {name: owner for name, owner in self.owner.items() if name not in leave_out}
-        shared = {name: self.sums[name] / self.counts[name].to(self.sums[name].dtype) for name in set(owner.values())}
+        shared = {}
+        for name in set(owner.values()):
+            total = self.sums[name]
+            shared[name] = torch.empty_like(total, dtype=dtype or total.dtype)
+            for mean, part in zip(shared[name].split(DIVIDED_AT_ONCE), total.split(DIVIDED_AT_ONCE)):
+                mean.copy_(part / self.counts[name].to(total.dtype))
         return {name: shared[owner] for name, owner in owner.items()}
 
     def energies(self) -> dict[str, Tensor]:
