@@ -18,9 +18,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fulgurite.backbones.compressed_models import load_model
 from fulgurite.backbones.foreign_models import library_of, model_of
 from fulgurite.backbones.fresh import TOLERANCE
-from fulgurite.backbones.library_models import require_not_rotated
 from fulgurite.backbones.parts import Part
 from fulgurite.backbones.probe import probe
 from fulgurite.backbones.reload import TEXT, outputs, relative_error, tokens_of
@@ -30,10 +30,12 @@ from fulgurite.checkpoints.sources import Source
 from fulgurite.methods.adapters.base import FoldError
 from fulgurite.methods.adapters.folding import fold
 from fulgurite.methods.adapters.peft_format import to_peft
+from fulgurite.methods.quantization.rotation_record import ROTATION, RotationRecord
 
 Target = Literal["hf", "open_clip", "timm", "peft"]
 AdapterChoice = Literal["fold", "separate"]
 StateDict = dict[str, Tensor]
+OWN = "fulgurite"  # the library, in the facts of a folder in this package's own layout
 
 
 @dataclass
@@ -78,7 +80,7 @@ class Prepared:
 def prepare_files(
     source: Source, to: Target, like: Path | None, architecture: str | None, inputs: StateDict | None = None
 ) -> Prepared:
-    """An export of a model that lies in files, such as the merge of two Hugging Face folders.
+    """An export of a model that lies in files, such as the merge of two Hugging Face folders, or a quantized one.
 
     Args:
         source: its tensors, named as in the library's files.
@@ -88,7 +90,7 @@ def prepare_files(
         inputs: of the forward pass that is compared; drawn where None.
 
     Raises:
-        RefusedError: the files are another library's.
+        RefusedError: the files are another library's, or of a model that is none of its library's any more.
         MissingError: nothing says how the model is built.
         MismatchError: the tensors are not those of the model.
     """
@@ -103,11 +105,35 @@ def prepare_files(
         raise RefusedError(f"{like} is a model of {found}, and is not converted to {to}: use --to {found}")
     if like is not None and architecture is not None:
         raise RefusedError(f"--architecture {architecture}: {like} says already what the model is; leave it out")
-    require_not_rotated(source)
-    model = model_of(to, source.tensors, like, architecture)
+    model, facts = model_in(source, to, like, architecture)
     tokens = None if like is None else tokens_of(str(like))
     inputs = inputs or probe(to, model)
-    return Prepared(to, model, inputs, tokens=tokens, like=like, architecture=architecture)
+    return Prepared(to, model, inputs, tokens=tokens, like=like, architecture=architecture, facts=facts)
+
+
+def model_in(
+    source: Source, to: Target, like: Path | None, architecture: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The library's model in files, dense where they are in this package's own layout, and facts that go along.
+
+    Raises:
+        RefusedError: it was rotated in a way that its library does not know.
+        CheckpointError: the tensors are not those of the model.
+    """
+    facts = {} if source.manifest is None else source.manifest.facts
+    rotation = {name: value for name, value in facts.items() if name == ROTATION}
+    for record in map(RotationRecord.from_data, rotation.values()):
+        norm = next((name for name, was in record.fused.items() if was == "layer"), None)
+        if record.online or norm:
+            what = f"{next(iter(record.online))} rotates its input" if record.online else f"{norm} is another norm now"
+            raise RefusedError(
+                f"{source.path} is rotated, so that {what}, which transformers does not know: load it by "
+                "fulgurite.load_model, or quantize with --rotation.heads merged --rotation.feed_forward false, or "
+                "without a rotation where the model has LayerNorms"
+            )
+    if facts.get("library") == OWN:
+        return load_model(source.path), rotation
+    return model_of(to, source.tensors, like, architecture), rotation
 
 
 def prepare_run(

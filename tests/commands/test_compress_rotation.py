@@ -218,7 +218,7 @@ def test_what_is_rotated_is_not_taken_for_the_model_of_its_library(folders, tmp_
     capfd.readouterr()
     wrong = {
         "is rotated already": ("quantize", str(rotated), *sixteen, *again),
-        f"{rotated} is rotated already": ("export", str(rotated), "--to", "hf", *again),
+        f"{rotated} is rotated, so that": ("export", str(rotated), "--to", "hf", *again),
         "compress after merging": ("merge", "--sources", f"[{rotated}, {rotated}]", "--merger", "Average", *again),
     }
     for message, line in wrong.items():
