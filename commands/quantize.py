@@ -28,8 +28,12 @@ def add_method(parser: jsonargparse.ArgumentParser) -> None:
     from fulgurite.methods.quantization.tacq import TaskCircuit
 
     parser.add_subclass_arguments(Quantizer, "quantizer", required=True, help="how, and to how many bits, as Gptq")
-    parser.add_argument("--rotation", type=Rotate | None, default=None, help="of a language model, before (Rotate)")
-    parser.add_argument("--rolled_copies", type=int, default=1, help="of a window of text, shifted (RSQ); itself one")
+    parser.add_argument(
+        "--rotation", type=Rotate | None, default=None, help="turn a language model first (Rotate: QuaRot, RSQ)"
+    )
+    parser.add_argument(
+        "--rolled_copies", type=int, default=1, help="times that a window of text is read, each shifted on (RSQ)"
+    )
     parser.add_argument(
         "--importance", type=TokenImportance | None, default=None, help="how much tokens count (TokenImportance, RSQ)"
     )
