@@ -1,10 +1,13 @@
-"""Which tokens of a caption count: those that its feature depends on, and no others."""
+"""Captions by open_clip's own tokenizer, and which of their tokens count: those that the feature depends on."""
+
+import json
 
 import pytest
 import torch
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 
-from fulgurite.backbones.dual_encoders import caption_mask
+from fulgurite.backbones.dual_encoders import caption_inputs, caption_mask
+from fulgurite.checkpoints import MissingError
 
 VISION = CLIPVisionCfg(layers=1, width=16, head_width=8, patch_size=8, image_size=16)
 TEXT = {"context_length": 6, "vocab_size": 32, "width": 16, "heads": 2, "layers": 2}
@@ -38,3 +41,21 @@ def test_tokens_that_do_not_count_do_not_change_the_feature(kind, options):
             other[row, column] = 7 if ids[row, column] != 7 else 8
             changed = not torch.equal(model.encode_text(other)[row], before[row])
             assert changed == bool(mask[row, column]), (row, column)
+
+
+def test_captions_are_padded_and_cut_as_open_clip_does_it(tmp_path):
+    model = CLIP(8, VISION, CLIPTextCfg(**TEXT | {"vocab_size": 49408})).eval()
+    config = {"model_cfg": {"text_cfg": {"context_length": 6}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    captions = {"line 1": "a dog", "line 2": "a dog and a cat and a bird"}
+    found = caption_inputs("open_clip", model, tmp_path, captions)["text"]
+    assert found.shape == (2, 6)
+    assert found[0].tolist()[3:] == [49407, 0, 0]
+    assert found[1, -1] == 49407
+    assert torch.equal(found[0, :3], found[1, :3])
+    with pytest.raises(ValueError, match="gives token 49407, and the model has 32"):
+        caption_inputs("open_clip", CLIP(8, VISION, CLIPTextCfg(**TEXT)), tmp_path, captions)
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "owner/name"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(MissingError, match="has no tokenizer"):
+        caption_inputs("open_clip", model, tmp_path, captions)

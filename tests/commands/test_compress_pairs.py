@@ -172,6 +172,8 @@ def test_pairs_that_are_of_no_use_are_one_message(image_models, pictures, llamas
         "has that of --pairs": ("prune", clip, *loss, "--pictures", str(pictures)),
         "one pair would be alone": ("prune", clip, *loss, *pairs, "--batch_size", "7"),
         "task_circuit need a loss": ("quantize", clip, "--quantizer", "Gptq", *circuit, *pairs),
+        "--length 12": ("prune", clip, *HALF, *pairs, "--length", "12"),
+        "--rolled_copies 2": ("quantize", clip, "--quantizer", "Gptq", *circuit[2:], *pairs, "--rolled_copies", "2"),
         "--batch_size 0": ("prune", clip, *HALF, *pairs, "--batch_size", "0"),
         "holds 8 pairs, and 9 are wanted": ("prune", clip, *HALF, *pairs, "--samples", "9"),
         "has no tokenizer": ("prune", str(tmp_path / "untold"), *HALF, *pairs),
