@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The last block that matters has been reached."""
 
 
@@ -71,7 +71,7 @@ def catch_calls(
         nonlocal ended
         ended = True
         if not whole_pass:
-            raise _Enough
+            raise Enough
 
     def stored(tensor: Tensor) -> Tensor:
         # The same mask goes into every block, and is kept once.
@@ -124,7 +124,7 @@ def catch_calls(
     try:
         with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode do not count their writes
             run()
-    except _Enough:
+    except Enough:
         pass
     finally:
         for hook in hooks:

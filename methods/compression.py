@@ -150,10 +150,7 @@ def compressed_blocks(
         reports: dict[str, LayerReport] = {}
         weights = token_weights(block) if token_weights is not None and layers else None
         for names in groups_of(block, layers, compressor):
-            moments: dict[str, Tensor] = {}
-            if compressor.needs != "nothing":
-                for together in names:
-                    moments.update(moments_of(block, together, weights, compressor))
+            moments = moments_of(block, names, weights, compressor)
             reshard(block.module)
             solved = solve(walk, compressor, {n: layers[n] for each in names for n in each}, moments)
             for name, (result, error, seconds) in solved.items():
@@ -174,17 +171,19 @@ def groups_of(block: Block, layers: Mapping[str, nn.Module], compressor: Compres
 
 
 def moments_of(
-    block: Block, names: Sequence[str], weights: Sequence[Tensor] | None, compressor: Compressor
+    block: Block, groups: Sequence[Sequence[str]], weights: Sequence[Tensor] | None, compressor: Compressor
 ) -> dict[str, Tensor]:
-    """What ``compressor`` needs of the inputs of layers that share one.
+    """What ``compressor`` needs of the inputs of layers, some of which share one.
 
     Grams come in the type that layers are solved in, which on the CPU takes half of the memory of the sums.
     """
+    if compressor.needs == "nothing":
+        return {}
     if compressor.needs == "energies":
-        return block.grams(names, weights, diagonal=True).means()
-    types = [block.walk.model.get_submodule(name).weight.dtype for name in names]
+        return block.grams(groups, weights, diagonal=True).means()
+    types = [block.walk.model.get_submodule(name).weight.dtype for group in groups for name in group]
     solved = torch.float64 if torch.float64 in types else torch.float32
-    return block.grams(names, weights).means(dtype=solved)
+    return block.grams(groups, weights).means(dtype=solved)
 
 
 def solve(

@@ -2,9 +2,8 @@
 
     walk = LayerWalk(model, spec, batches, lambda batch: model(**batch))
     for block in walk:
-        for names in block.input_groups(block.linears()):
-            grams = block.grams(names).means()
-            ...                            # change the weights of the layers `names`
+        grams = block.grams(block.input_groups(block.linears())).means()
+        ...                                # change the weights of the layers
                                            # the block runs again, and its outputs go into the next one
 
 The inputs of a tower's first block are caught by running the model up to it; a tower that comes later sees what the
@@ -22,14 +21,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fulgurite.methods.block_calls import BlockCall, catch_calls, hidden_of
+from fulgurite.methods.block_calls import BlockCall, Enough, catch_calls, hidden_of
 from fulgurite.methods.ranks import ALONE, Ranks
 from fulgurite.methods.sharding import is_sharded
 from fulgurite.methods.statistics.gram import GramStatistics, input_width
@@ -50,6 +49,7 @@ class Block:
         inputs: hidden states of this process's batches.
         calls: the other arguments of each.
         walk: that it is part of.
+        called_once: whether each of its layers is, by a batch; known after `input_groups`.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Block:
     inputs: list[Tensor]
     calls: list[BlockCall]
     walk: LayerWalk = field(repr=False)
+    called_once: bool = False
 
     def linears(self, pattern: str | None = None) -> dict[str, nn.Module]:
         """Linear layers inside, by their full names.
@@ -97,13 +98,31 @@ class Block:
 
     def outputs(self, limit: int | None = None) -> Iterator[Tensor]:
         """Hidden states that the block gives for each batch, as it is now."""
-        device = self.walk.device
         for number in range(len(self.inputs) if limit is None else limit):
-            with torch.no_grad():
-                # A copy, since some blocks write into what they are given.
-                hidden = self.inputs[number].to(device, copy=True)
-                output = hidden_of(self.calls[number].run(self.module, hidden, device), self.name)
-            yield output
+            yield self.output(number)
+
+    @torch.no_grad()
+    def output(self, number: int) -> Tensor:
+        """Hidden states that the block gives for one batch, as it is now."""
+        device = self.walk.device
+        # A copy, since some blocks write into what they are given.
+        hidden = self.inputs[number].to(device, copy=True)
+        return hidden_of(self.calls[number].run(self.module, hidden, device), self.name)
+
+    def run_until(self, names: Sequence[str], number: int) -> None:
+        """Run one batch, no further than where the layers ``names`` have been called, if one call of each is all."""
+        missing = set(names)
+
+        def note(name: str, _: Tensor) -> None:
+            missing.discard(name)
+            if not missing:
+                raise Enough
+
+        if not self.called_once or self.walk.sharded:
+            self.output(number)
+            return
+        with watching({name: self.walk.model.get_submodule(name) for name in names}, note), suppress(Enough):
+            self.output(number)
 
     def input_groups(self, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """``layers`` in the order in which they are called, those that are given the same tensors together.
@@ -136,6 +155,7 @@ class Block:
 
         self.walk.ranks.agree(look)
         found = [sorted(names) for names in order.values()]
+        self.called_once = all(len(numbers) == 1 for numbers in order)
         per_rank = self.walk.ranks.gather((found, sorted(missing)))
         if nowhere := set.intersection(*(set(unseen) for _, unseen in per_rank)):
             raise ValueError(
@@ -152,28 +172,29 @@ class Block:
         return groups
 
     def grams(
-        self, names: Sequence[str], weights: Sequence[Tensor] | None = None, diagonal: bool = False
+        self, groups: Sequence[Sequence[str]], weights: Sequence[Tensor] | None = None, diagonal: bool = False
     ) -> GramStatistics:
-        """Second moments of the inputs of layers that share one, over the batches of all ranks.
+        """Second moments of the inputs of layers, in one pass over the batches of all ranks.
+
+        A batch runs no further than to the last of them, where `input_groups` has seen that one call of each is all.
 
         Args:
-            names: of one of `input_groups`.
+            groups: some of `input_groups`: names of layers that share an input.
             weights: (B, S) of the tokens of each batch; see `methods.statistics.gram.token_shares`.
             diagonal: only the column energies.
         """
-        walk = self.walk
+        walk, names = self.walk, [name for group in groups for name in group]
         if not walk.batches:
             raise ValueError(f"{self.name}: there is no calibration data to measure the inputs of {names[0]} with")
-        shared = [[re.escape(name) for name in names]] if len(names) > 1 else []
+        shared = [[re.escape(name) for name in group] for group in groups if len(group) > 1]
         pattern = "|".join(map(re.escape, names))
         grams = GramStatistics(walk.model, pattern, len(names), shared, diagonal, device=walk.device)
 
         def measure() -> None:
-            outputs = self.outputs()
             for number, batch in enumerate(walk.batches):
                 mask = walk.masks(batch, names) if walk.masks is not None else None
                 with grams.watch(mask, None if weights is None else weights[number]):
-                    next(outputs)
+                    self.run_until(names, number)
 
         walk.ranks.agree(measure)
         grams.reduce(walk.ranks.total)

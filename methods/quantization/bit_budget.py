@@ -96,8 +96,7 @@ class BitBudget:
             moments: dict[str, Tensor] = {}
             if measured and layers:
                 weights = None if token_weights is None else token_weights(block)
-                for group in block.input_groups(layers):
-                    moments.update(block.grams(group, weights).means())
+                moments = block.grams(block.input_groups(layers), weights).means()
             sizes = {name: cost(module) for name, module in layers.items()}
 
             def own(

@@ -367,7 +367,7 @@ def test_blocks_are_passed_once_and_compressed_on_what_they_see(model):
             found = block.linears(layers)
             assert len(found) == 4
             for group in block.input_groups(found):
-                for name, energy in block.grams(group, diagonal=True).means().items():
+                for name, energy in block.grams([group], diagonal=True).means().items():
                     torch.testing.assert_close(energy, rows[name].double().square().mean(0), rtol=1e-5, atol=1e-7)
 
 

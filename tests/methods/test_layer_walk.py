@@ -207,7 +207,7 @@ def test_without_data_blocks_come_in_order_without_inputs(chain):
     assert [block.name for block in blocks] == [f"blocks.{i}" for i in range(3)]
     assert not any(block.inputs or block.calls for block in blocks)
     with pytest.raises(ValueError, match=r"blocks\.0: there is no calibration data .* blocks\.0\.out"):
-        blocks[0].grams(["blocks.0.out"])
+        blocks[0].grams([["blocks.0.out"]])
 
 
 def test_offloading_changes_nothing(chain):
@@ -278,3 +278,36 @@ def test_a_pass_ends_behind_the_last_block_unless_all_ranks_must_go_on(whole_pas
     first, calls = catch_calls(modules, lambda: model(rows[0]), torch.device("cpu"), whole_pass)
     assert (len(calls), len(ends)) == (1, int(whole_pass))  # something lies behind the first block
     torch.testing.assert_close(first, torch.tanh(model.stem(rows[0])))
+
+
+def test_a_batch_runs_no_further_than_to_the_layers_that_are_measured(chain):
+    model, rows, _ = chain()
+    block = next(iter(LayerWalk(model, SPEC, rows, model)))
+    first, last = block.input_groups(block.linears())
+    runs = []
+    block.module.out.register_forward_hook(lambda *_: runs.append(1))
+    short = block.grams([first]).means()
+    assert not runs
+    whole = block.grams([first, last]).means()
+    assert not runs  # the last one's input is known before it runs
+    assert whole.keys() == {*first, *last}
+    assert all(torch.equal(short[name], whole[name]) for name in first)
+
+
+def test_a_layer_that_is_called_twice_is_measured_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(self.inner(x))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Twice(), Twice()).double().eval()
+    rows = [torch.randn(2, 3, 4).double() for _ in range(2)]
+    block = next(iter(LayerWalk(model, ModelSpec((Tower("text", r"\d+", 2, 4),)), rows, model)))
+    found = block.grams(block.input_groups(block.linears())).means()["0.inner"]
+    x = torch.cat([row.flatten(0, 1) for row in rows])
+    x = torch.cat([x, model[0].inner(x)])
+    torch.testing.assert_close(found, x.T @ x / len(x), **TOLERANCE)

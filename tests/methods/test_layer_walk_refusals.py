@@ -73,7 +73,7 @@ def test_an_error_on_one_rank_ends_all(on_ranks, chain):
     def walk(ranks):
         model, rows, padded = chain()
         masks = lambda batch, names: dict.fromkeys(names, padded[0][:, ranks.rank :])  # noqa: E731
-        next(iter(LayerWalk(model, SPEC, rows, model, masks, ranks))).grams(["blocks.0.out"])
+        next(iter(LayerWalk(model, SPEC, rows, model, masks, ranks))).grams([["blocks.0.out"]])
 
     good, bad = on_ranks(2, walk)
     assert "rank 1 failed: ValueError: blocks.0.out: a mask of (2, 3) does not fit" in str(good)

@@ -128,7 +128,7 @@ def test_an_encoder_of_torch_is_walked_as_it_computes():
             lambda batch, names: dict.fromkeys(names, real),
         )
         block = next(iter(walk))
-        (energies,) = block.grams(["layers.0.self_attn.in_proj"], diagonal=True).means().values()
+        (energies,) = block.grams([["layers.0.self_attn.in_proj"]], diagonal=True).means().values()
         torch.testing.assert_close(energies, normed.square().mean(0), **CLOSE)
         names = list(matrices(walk))
         reports = [r for done in compressed_blocks(walk, Wanda(0.5)) for r in done.reports]

@@ -139,7 +139,7 @@ def test_runs_of_the_sequence_are_the_gram_of_their_tokens(language_models):
     weights = TokenImportance("chunks", chunks="0_2_3")(block)
     assert weights[0].tolist() == [[1.5, 1.5, 0, 0, 1.5, 1.5]] * 2
     (queries, *_) = block.input_groups(block.linears())
-    found = block.grams(queries, weights).means()[queries[0]]
+    found = block.grams([queries], weights).means()[queries[0]]
     norm = block.module.input_layernorm
     rows = torch.cat([norm(x)[:, [0, 1, 4, 5]].flatten(0, 1).detach() for x in block.inputs])
     torch.testing.assert_close(found, gram_of(rows, None, torch.float64) / len(rows))
