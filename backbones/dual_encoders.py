@@ -22,6 +22,7 @@ from fulgurite.methods.structure import ModelSpec
 from fulgurite.samples.errors import DataError
 
 TOWERS = {"vision", "text"}
+READ_PADDING = ("siglip",)  # whose towers for text were trained without a mask, whatever their tokenizers give
 VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|.*\.(model|tiktoken)")
 
 
@@ -68,8 +69,9 @@ def caption_inputs(library: str, model: Any, folder: Path, captions: Mapping[str
             if len(ids) > length:
                 raise DataError(f"{where}: the caption has {len(ids)} tokens, and the model reads {length}: shorten it")
         padded = tokenizer(list(captions.values()), padding="max_length", max_length=length, return_tensors="pt")
-        found = {name: padded[name] for name in ("input_ids", "attention_mask") if name in padded}
-        ids = found["input_ids"]
+        found = {"input_ids": (ids := padded["input_ids"])}
+        if model.config.model_type not in READ_PADDING:
+            found["attention_mask"] = padded["attention_mask"]
     if ids.max() >= size:
         raise ValueError(f"the tokenizer of {folder} gives token {int(ids.max())}, and the model has {size}")
     return found
@@ -89,8 +91,8 @@ def open_clip_tokenizer(folder: Path) -> Callable[[Sequence[str]], Tensor]:
 def caption_mask(library: str, model: Any, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """(B, S) nonzero for the tokens that reach a caption's feature; None where all do.
 
-    That is what the tokenizer says for transformers. In open_clip's own causal towers nothing reads what follows the
-    token that the feature is taken from; in its towers of transformers nothing reads padding.
+    That is what the tokenizer says for CLIP of transformers. In open_clip's own causal towers nothing reads what
+    follows the token that the feature is taken from; in its towers of transformers nothing reads padding.
     """
     if library == "hf":
         return inputs.get("attention_mask")

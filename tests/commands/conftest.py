@@ -87,7 +87,7 @@ TEXT = {"vocab_size": 16, "max_position_embeddings": 14, "pad_token_id": 0, "bos
 CAPTIONS = ("a dab", "bad cab", "he had a bag", "cafe", "a big head", "abc", "fed", "high hedge")
 
 
-def save_tokenizer(folder, **names):
+def save_tokenizer(folder):
     """One of letters, that puts its ends around a caption."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def save_tokenizer(folder, **names):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A <eos>", None, [("<bos>", 1), ("<eos>", 3)])
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "unk", "eos")}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def make_transformers(root):
@@ -116,7 +116,7 @@ def make_transformers(root):
         model.save_pretrained(folder)
         getattr(transformers, f"{name}ImageProcessor")(size=size, do_center_crop=False).save_pretrained(folder)
     save_tokenizer(root / "clip")
-    save_tokenizer(root / "siglip", model_input_names=["input_ids"])
+    save_tokenizer(root / "siglip")
 
 
 def make_open_clip(folder):

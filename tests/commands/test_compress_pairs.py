@@ -88,14 +88,12 @@ def test_ecoflap_shares_a_target_out_over_both_towers(name, image_models, pictur
     assert main(["prune", str(folder), *ALLOCATED, *first, *one_batch, "--out", str(tmp_path / "all")]) == 0
     manifest = read_manifest(tmp_path / "all")
     state = open_library_model(open_source(tmp_path / "all")).model.state_dict()
-    towers, zeros, sizes = {"vision": 0, "text": 0}, 0, 0
-    for each in manifest.facts["layers"]:
-        name_of = each["name"] if each["name"].endswith("in_proj") else f"{each['name']}."
-        weight = state[f"{name_of}_weight" if name_of.endswith("in_proj") else f"{name_of}weight"]
-        towers[each["tower"]] += int((weight == 0).sum())
-        sizes += weight.numel()
-    zeros = sum(towers.values())
-    assert zeros == sizes // 2
+    towers, size = {"vision": 0, "text": 0}, 0
+    for layer in manifest.facts["layers"]:
+        weight = state[layer["name"] + ("_weight" if layer["name"].endswith("in_proj") else ".weight")]
+        towers[layer["tower"]] += int((weight == 0).sum())
+        size += weight.numel()
+    assert sum(towers.values()) == size // 2
     assert towers["vision"] != towers["text"]
     importance = manifest.facts["importance"]
     layer, loss = loss_by_the_library(name, folder, pictures)
