@@ -17,6 +17,7 @@ from torch import nn
 from fulgurite.callbacks.interruption import Interruption
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.steps import Context, NotReady, Step
+from fulgurite.callbacks.tradeoff import tradeoff_sections
 from fulgurite.checkpoints import read_manifest, verify, write_json
 from fulgurite.checkpoints.runs import ARTEFACTS, readable_checkpoints
 from fulgurite.datamodules.base import FulguriteDataModule
@@ -30,6 +31,7 @@ from fulgurite.reports.compression import compression_sections
 from fulgurite.reports.page import Section
 
 SCORES = "scores.json"
+OUT_OF_COMPETITION = ("oracle", "zero_shot")  # is told the domain; is not trained
 Split = Literal["val", "test"]
 
 
@@ -197,7 +199,7 @@ class Boundary(pl.Callback):
                 self._evaluate(trainer, context, step, {"label": label, "step": facts["global_step"]})
 
     def report_sections(self, trainer: pl.Trainer) -> list[Section]:
-        """From the first boundary: a table of all artefacts with scores, and what became of compressed layers."""
+        """From the first boundary: all artefacts with scores, against their sizes, and what became of their layers."""
         boundaries = boundaries_of(trainer)
         if self is not boundaries[0]:
             return []
@@ -209,8 +211,12 @@ class Boundary(pl.Callback):
         found = {entry["label"]: entry["scores"] for entry in entries.values()}
         modes = scores_by_mode(trainer.callback_metrics, MODE_NAMES)
         sections = [artefacts_section("Artefacts", modes, found, MODE_NAMES)]
+        manifests = {path: read_manifest(folder / path) for path in entries}
+        compared = {name: row for name, row in modes.items() if name not in map(MODE_NAMES.get, OUT_OF_COMPETITION)}
+        scored = {entry["label"]: (manifests[path], entry) for path, entry in entries.items()}
+        sections += tradeoff_sections(trainer.lightning_module, compared, scored)
         for path, entry in entries.items():
-            facts = read_manifest(folder / path).facts
+            facts = manifests[path].facts
             if layers := [LayerReport.from_data(each) for each in facts.get("layers", [])]:
                 sections += compression_sections(entry["label"], layers, facts.get("importance"))
         return sections

@@ -133,7 +133,9 @@ def kind_of(layer: LayerReport) -> str:
     return layer.name.removeprefix(f"{layer.block}.")
 
 
-def tradeoff_section(points: Sequence[Point], size: str, score: str, title: str = "Score against size") -> Section:
+def tradeoff_section(
+    points: Sequence[Point], size: str, score: str, title: str = "Score against size", from_zero: bool = False
+) -> Section:
     """A picture and a table of several models.
 
     Args:
@@ -141,15 +143,16 @@ def tradeoff_section(points: Sequence[Point], size: str, score: str, title: str 
         size: meaning of their sizes.
         score: meaning of their scores.
         title: heading.
+        from_zero: begin the axis of sizes there, so that distances are shares.
     """
     ordered = sorted(points, key=lambda point: (point.size, point.name))
     rows = [[escape(point.name), f"{point.size:,.4g}", f"{point.score:.4g}"] for point in ordered]
-    figure = tradeoff_figure(ordered, size, score, title)
+    figure = tradeoff_figure(ordered, size, score, title, from_zero)
     html = f"<figure>{img_tag(figure, title)}</figure>{html_table(['model', size, score], rows)}"
     return Section(title, html)
 
 
-def tradeoff_figure(points: Sequence[Point], size: str, score: str, title: str) -> Figure:
+def tradeoff_figure(points: Sequence[Point], size: str, score: str, title: str, from_zero: bool = False) -> Figure:
     """A dot per model, named in a key beside it; models whose names differ in their last number alone are joined."""
     families: dict[str, list[Point]] = {}
     for point in points:
@@ -170,6 +173,9 @@ def tradeoff_figure(points: Sequence[Point], size: str, score: str, title: str) 
     axes.set_xlabel(size, fontsize=8.5, color=SOFT)
     axes.set_ylabel(score, fontsize=8.5, color=SOFT)
     axes.tick_params(labelsize=8, colors=INK)
+    axes.ticklabel_format(useOffset=False)
+    if from_zero:
+        axes.set_xlim(left=0)
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -183,6 +183,8 @@ def test_the_command_line_scores_and_makes_the_same(made, tmp_path):
     found = json.loads((evaluation / "metrics.json").read_text())
     own = json.loads((run / "artefacts" / "scores.json").read_text())[path.name]["scores"]
     assert own["test/accuracy"] == pytest.approx(found["test/accuracy"], abs=1e-6)
+    page = (run / "report.html").read_text().rpartition("Score against size</h2>")[2]
+    assert all(name in page for name in ("trained weights", "pruned wanda", "quantized gptq"))
     argv = ["--pruner", "Wanda", "--pruner.sparsity", "0.5", "--samples", "12", "--device", "cpu"]
     assert main(["prune", str(run), *argv, "--out", str(tmp_path / "pruned")]) == 0
     expected, again = load_tensors(artefact(run, "pruned")), load_tensors(tmp_path / "pruned")
