@@ -199,16 +199,11 @@ def open_library_model(source: Source, like: Path | None = None) -> LibraryModel
     config = read_config(folder / CONFIG) if library == "hf" else {}
     if "quantization_config" in config or any(about["bits"] is not None for about in facts.values()):
         raise RefusedError(f"{source.path} is quantized already: take the model that it was made from")
-    require_not_rotated(source)
+    if source.manifest is not None and ROTATION in source.manifest.facts:
+        raise RefusedError(f"{source.path} is rotated already: take the model that it was made from")
     model = model_of(library, source.tensors, folder, None)
     masks = masks_of(map_file(source.path / MASKS), facts) if facts else {}
     return LibraryModel(library, model, spec_of(model), folder, masks)
-
-
-def require_not_rotated(source: Source) -> None:
-    """Raise `RefusedError` where tensors alone are not the model that their names say."""
-    if source.manifest is not None and ROTATION in source.manifest.facts:
-        raise RefusedError(f"{source.path} is rotated already: take the model that it was made from")
 
 
 def other_linears(model: nn.Module, layers: Sequence[str]) -> list[str]:
