@@ -6,6 +6,7 @@ Their residual stream passes through norms, so there is nothing to fold, and no 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fulgurite.methods.structure import ModelSpec, Tower
@@ -34,7 +35,8 @@ def deberta_spec(config: PretrainedConfig, root: str) -> ModelSpec:
     if not config.relative_attention:
         return encoder_spec(config, root, queries, shared=[queries])
     if getattr(config, "share_att_key", False):
-        return encoder_spec(config, root, queries, shared=[queries[:2]])
+        spec = encoder_spec(config, root, queries, shared=[queries[:2]])
+        return replace(spec, position_readers=spec.shared_inputs[0])
     both = [("pos_key_proj", "pos_query_proj")] if {"c2p", "p2c"} <= set(config.pos_att_type) else []
     return encoder_spec(config, root, queries, shared=[queries, *both])
 

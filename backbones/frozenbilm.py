@@ -311,10 +311,11 @@ class FrozenBiLM(VideoQABackbone):
     def token_masks(self, batch: Batch) -> dict[str, Tensor]:
         """Of the blocks and, where there is video, of its projection. The mask's own position has no padding.
 
-        Query and key layers also see relative positions, which have no tokens and fit no mask.
+        Query and key layers also see relative positions, which are no tokens (see `ModelSpec.position_readers`), or
+        layers of their own see them, which have no padding.
         """
         video = {} if batch.get("video") is None else {r"deberta\.embeddings\.linear_video": batch["video_mask"]}
-        return {r"deberta\.encoder\.layer\..*": _mask(batch), **video}
+        return {r"deberta\.encoder\.layer\.(?!.*\.pos_(key|query)_proj$).*": _mask(batch), **video}
 
     def parts(self) -> tuple[Part, ...]:
         """The masked language model as transformers has it, without the mask decoder, and the frame encoder."""

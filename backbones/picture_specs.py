@@ -63,6 +63,7 @@ def joined(*specs: ModelSpec) -> ModelSpec:
     return ModelSpec(
         towers=tuple(tower for spec in specs for tower in spec.towers),
         shared_inputs=tuple(group for spec in specs for group in spec.shared_inputs),
+        position_readers=tuple(pattern for spec in specs for pattern in spec.position_readers),
     )
 
 

@@ -39,8 +39,8 @@ from fulgurite.methods.merging.statistic_files import STATISTICS, use_statistics
 from fulgurite.methods.statistics.base import Statistic
 from fulgurite.methods.statistics.fisher import FisherStatistics
 from fulgurite.methods.statistics.gram import GramStatistics, input_width
-from fulgurite.modules.adapted import AdaptedModule
-from fulgurite.modules.calibration import SETS, Calibrated, counted_inputs, masks_by_layer, using
+from fulgurite.modules.adapted import BACKBONE, AdaptedModule
+from fulgurite.modules.calibration import SETS, Calibrated, counted_inputs, masks_by_layer, place_of, using
 from fulgurite.samples import Batch
 from fulgurite.samples.loader import ResumableLoader
 
@@ -224,7 +224,14 @@ def statistic_of(kind: str, module: nn.Module, expert: Expert, calibration: Cali
         raise ValueError(
             f"{expert.path}: nothing that is merged is a linear layer, so there is no Gram: merge by Fisher or Average"
         )
-    return GramStatistics(module, "|".join(map(re.escape, layers)), len(layers), dtype=torch.float64)
+    tables = [name for name in layers if isinstance(module, AdaptedModule) and reads_positions(module, name)]
+    pattern = "|".join(map(re.escape, layers))
+    return GramStatistics(module, pattern, len(layers), dtype=torch.float64, tables=tables)
+
+
+def reads_positions(module: AdaptedModule, layer: str) -> bool:
+    """Whether a layer, or the site of an adapter's layer, is called with a table of positions too."""
+    return module.backbone.spec.reads_positions(place_of(layer).removeprefix(BACKBONE))
 
 
 def answers(module: nn.Module, inputs: dict[str, Tensor], adapters: str | None) -> Tensor:

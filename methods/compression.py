@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from fulgurite.methods.layer_walk import Block, LayerWalk
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.sharding import OnDemand, reshard, whole, write
-from fulgurite.methods.statistics.gram import input_width
+from fulgurite.methods.statistics.gram import PerLayer, input_width
 
 log = logging.getLogger(__name__)
 Needs = Literal["nothing", "energies", "grams"]
-TokenWeights = Callable[[Block], list[Tensor]]
+TokenWeights = Callable[[Block], Sequence[PerLayer]]
 
 
 class Compressor(ABC):
@@ -130,7 +130,7 @@ def compressed_blocks(
         walk: over the model, which is changed.
         compressor: what to do; `Compressor.begin` has been called.
         pattern: full pattern of the names of the layers; all linear layers of the walked blocks where None.
-        token_weights: of a block before it is changed, (B, S) for every batch.
+        token_weights: of a block before it is changed, (B, S) for every batch, or by name of the layer.
         done: results of a block that an earlier run has left, by its name; such a block is not measured again.
 
     Raises:
@@ -171,7 +171,7 @@ def groups_of(block: Block, layers: Mapping[str, nn.Module], compressor: Compres
 
 
 def moments_of(
-    block: Block, groups: Sequence[Sequence[str]], weights: Sequence[Tensor] | None, compressor: Compressor
+    block: Block, groups: Sequence[Sequence[str]], weights: Sequence[PerLayer] | None, compressor: Compressor
 ) -> dict[str, Tensor]:
     """What ``compressor`` needs of the inputs of layers, some of which share one.
 

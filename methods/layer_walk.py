@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fulgurite.methods.block_calls import BlockCall, Enough, catch_calls, hidden_of
 from fulgurite.methods.ranks import ALONE, Ranks
 from fulgurite.methods.sharding import is_sharded
-from fulgurite.methods.statistics.gram import GramStatistics, input_width
+from fulgurite.methods.statistics.gram import GramStatistics, PerLayer, input_width
 from fulgurite.methods.structure import ModelSpec, Tower
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Block:
         return groups
 
     def grams(
-        self, groups: Sequence[Sequence[str]], weights: Sequence[Tensor] | None = None, diagonal: bool = False
+        self, groups: Sequence[Sequence[str]], weights: Sequence[PerLayer] | None = None, diagonal: bool = False
     ) -> GramStatistics:
         """Second moments of the inputs of layers, in one pass over the batches of all ranks.
 
@@ -180,7 +180,7 @@ class Block:
 
         Args:
             groups: some of `input_groups`: names of layers that share an input.
-            weights: (B, S) of the tokens of each batch; see `methods.statistics.gram.token_shares`.
+            weights: (B, S) of the tokens of each batch, or by name of the layer; see `token_shares`.
             diagonal: only the column energies.
         """
         walk, names = self.walk, [name for group in groups for name in group]
@@ -188,7 +188,8 @@ class Block:
             raise ValueError(f"{self.name}: there is no calibration data to measure the inputs of {names[0]} with")
         shared = [[re.escape(name) for name in group] for group in groups if len(group) > 1]
         pattern = "|".join(map(re.escape, names))
-        grams = GramStatistics(walk.model, pattern, len(names), shared, diagonal, device=walk.device)
+        tables = [name for name in names if walk.spec.reads_positions(name)]
+        grams = GramStatistics(walk.model, pattern, len(names), shared, diagonal, device=walk.device, tables=tables)
 
         def measure() -> None:
             for number, batch in enumerate(walk.batches):

@@ -68,6 +68,8 @@ class ModelSpec:
         head: name of the output module.
         points: public name of a place -> (pattern over module names, how many modules it must match).
         shared_inputs: groups of patterns of linear layers that receive the same input.
+        position_readers: patterns of linear layers that are called with tokens and then, each time, with a table of
+            positions, which are none.
         norm_linear_pairs: (norm pattern, pattern of the linears that read it and nothing else). A norm inside a block
             is read in its own block, any other wherever the second pattern matches.
         tied: groups of parameter names that are one tensor.
@@ -77,6 +79,7 @@ class ModelSpec:
     head: str | None = None
     points: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    position_readers: tuple[str, ...] = ()
     norm_linear_pairs: tuple[tuple[str, str], ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
 
@@ -95,6 +98,10 @@ class ModelSpec:
     def inside_blocks(self) -> str:
         """Full pattern of the names of what lies inside the blocks of all towers."""
         return "|".join(rf"(?:{tower.blocks})\..*" for tower in self.towers)
+
+    def reads_positions(self, layer: str) -> bool:
+        """Whether a layer of that name is one of ``position_readers``."""
+        return any(re.fullmatch(pattern, layer) for pattern in self.position_readers)
 
     def point_names(self, root: nn.Module, point: str) -> list[str]:
         """Names of the modules at the public place ``point``, in order."""

@@ -9,6 +9,7 @@ Hessian is 2 X^T X per sequence) change no result of theirs. B examples, S token
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from fulgurite.methods.structure import sites
 ROWS_AT_ONCE = 4096
 DIVIDED_AT_ONCE = 128  # rows of a sum
 
-PerLayer = Tensor | Mapping[str, Tensor] | None
+PerLayer = Tensor | Mapping[str, Tensor] | None  # a mapping may leave layers out
 
 
 @torch.no_grad()
@@ -124,6 +125,8 @@ class GramStatistics(Statistic):
         diagonal: only the column energies, the diagonal.
         dtype: of the sums; float64 on the CPU and float32 elsewhere by default.
         device: of the sums; that of each layer's weight by default.
+        tables: names of layers of whose inputs in a batch every second one is no input of tokens, and left out; see
+            `ModelSpec.position_readers`.
 
     Attributes:
         transposed: names of the layers whose weight is stored as (in, out).
@@ -138,9 +141,10 @@ class GramStatistics(Statistic):
         diagonal: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        tables: Collection[str] = (),
     ) -> None:
         super().__init__(dtype)
-        self.diagonal = diagonal
+        self.diagonal, self.tables = diagonal, frozenset(tables)
         names = sites(model, pattern, expected)
         self.modules = {name: model.get_submodule(name) for name in names}
         self.owner = owners(model, names, shared)
@@ -182,8 +186,12 @@ class GramStatistics(Statistic):
         for name, owner in self.owner.items():
             sharing.setdefault(owner, set()).add(name)
         latest: dict[str, tuple[Tensor, set[str]]] = {}  # inputs that not all that share them have shown yet
+        calls: Counter[str] = Counter()
 
         def take(name: str, x: Tensor) -> None:
+            calls[name] += 1
+            if name in self.tables and calls[name] % 2 == 0:
+                return
             owner = self.owner[name]
             if owner in latest and name in latest[owner][1]:
                 known, waiting = latest[owner]

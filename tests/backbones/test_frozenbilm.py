@@ -39,9 +39,9 @@ class NumberTokenizer:
         return {"input_ids": [[int(n) for n in text.split()][:max_length] for text in texts]}
 
 
-def build(**options):
+def build(config=CONFIG, **options):
     backbone = FrozenBiLM(
-        pretrained=False, config=CONFIG, feature_dim=WIDTH, max_frames=FRAMES, max_tokens=TOKENS, **options
+        pretrained=False, config=config, feature_dim=WIDTH, max_frames=FRAMES, max_tokens=TOKENS, **options
     )
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():  # sharper than the usual start, so that every part matters in the logits
@@ -340,23 +340,31 @@ def test_settings_that_cannot_work_are_refused():
         FrozenBiLM(pretrained=False, config=CONFIG, max_tokens=8)(batch_of())
 
 
-def test_blocks_are_passed_once_and_compressed_on_what_they_see(model):
-    """The walk over the encoder alone; what lies beyond, the mask decoder, uses the last block twice more."""
-    backbone, _ = model
-    batch = batch_of()
-    layers = r"deberta\.encoder\.layer\.\d\..*(value_proj|dense)"
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("lengths", [(9, 12, 5), (4, 2)])  # two of 8 tokens are as many as there are positions
+def test_blocks_are_passed_once_and_compressed_on_what_they_see(shared, lengths):
+    """The walk over the encoder alone; what lies beyond, the mask decoder, uses the last block twice more.
+
+    Tokens that are no padding count, and positions only where a layer reads nothing else.
+    """
+    backbone = build(config=CONFIG | {"share_att_key": shared})
+    batch = batch_of(lengths, frames=(4, 1, 2)[: len(lengths)])
 
     def masks(batch, names):
         found = backbone.token_masks(batch)
-        return {name: next(m for pattern, m in found.items() if re.fullmatch(pattern, name)) for name in names}
+        return {name: m for name in names for pattern, m in found.items() if re.fullmatch(pattern, name)}
 
-    walk = LayerWalk(backbone, backbone.spec, [batch], backbone.pass_blocks, masks)
+    walk = LayerWalk(backbone, backbone.spec, [batch, batch], backbone.pass_blocks, masks)
     rows = {}
+
+    def note(name, x):
+        of_tokens = x.shape[:2] == _mask(batch).shape
+        assert of_tokens != ("pos_" in name) or name in rows
+        rows.setdefault(name, x.detach()[_mask(batch).bool()] if of_tokens else x.detach()[0])
+
     hooks = [
-        backbone.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, name=name: rows.update({name: rows.get(name, args[0].detach()[_mask(batch).bool()])})
-        )
-        for name in matrices(walk, layers)
+        backbone.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        for name in matrices(walk)
     ]
     with torch.no_grad():
         backbone(batch)
@@ -364,8 +372,8 @@ def test_blocks_are_passed_once_and_compressed_on_what_they_see(model):
         hook.remove()
     with torch.no_grad():
         for block in walk:
-            found = block.linears(layers)
-            assert len(found) == 4
+            found = block.linears()
+            assert len(found) == (6 if shared else 8)
             for group in block.input_groups(found):
                 for name, energy in block.grams([group], diagonal=True).means().items():
                     torch.testing.assert_close(energy, rows[name].double().square().mean(0), rtol=1e-5, atol=1e-7)

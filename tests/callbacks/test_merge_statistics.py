@@ -2,22 +2,29 @@
 
 import os
 import signal
+from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
 import fulgurite
+from fulgurite.backbones.frozenbilm import FrozenBiLM
 from fulgurite.callbacks import merge_statistics
-from fulgurite.callbacks.merge_statistics import Calibration, statistics_folder
+from fulgurite.callbacks.merge_statistics import Calibration, Expert, statistic_of, statistics_folder
 from fulgurite.callbacks.merge_step import MergeAtCheckpoint
 from fulgurite.callbacks.steps import Context
 from fulgurite.checkpoints import load_tensors, read_manifest, verify
 from fulgurite.cli import main
 from fulgurite.commands.statistics import data_of
+from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.merging.fisher import Fisher
 from fulgurite.methods.merging.linear import Average
 from fulgurite.methods.merging.regmean import RegMean
+from fulgurite.modules.calibration import masks_by_layer
+from fulgurite.modules.video_qa import VideoQA
 
 STAGES = ("red", "green", "blue")
 SETS = (("red", "red"), ("green", "green"), ("blue", "live"))
@@ -221,3 +228,24 @@ def test_a_module_that_says_nothing_of_its_answers_is_refused(parts, tmp_path):
         MergeAtCheckpoint(Fisher(), calibration=Calibration(4))([parts[0]], context)
     with pytest.raises(LookupError, match="this step needs a builder"):
         MergeAtCheckpoint(Fisher(), calibration=Calibration(4))([parts[0]], Context(tmp_path / "out", data=parts[2]))
+
+
+def test_adapters_of_layers_that_read_positions_too_count_tokens_alone():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"attention_head_size": 8, "intermediate_size": 32, "position_buckets": 8, "max_position_embeddings": 32}
+    backbone = FrozenBiLM(pretrained=False, config=sizes, max_frames=4, max_tokens=12)
+    module = VideoQA(backbone, [Placement(["query", "feed_forward_output"], partial(Bottleneck, reduction=4))]).eval()
+    statistic = statistic_of("gram", module, Expert("one", Path("one"), "live"), Calibration(2))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 40, (2, 8), generator=generator)  # as many as there are positions
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[8], [5]])).long()}
+    name = "bank.sets.live.deberta/encoder/layer/0/attention/self/query_proj.down"
+    rows = []
+    hook = module.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0]))
+    with torch.no_grad(), statistic.watch(masks_by_layer(module, statistic.modules, inputs)):
+        backbone.pass_blocks(inputs)
+    hook.remove()
+    tokens, positions = rows
+    assert positions.shape[:2] == (1, 16)
+    real = tokens[inputs["attention_mask"].bool()].double()
+    torch.testing.assert_close(statistic.means()[name], real.T @ real / 13, rtol=1e-5, atol=1e-8)
