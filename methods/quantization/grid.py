@@ -147,17 +147,30 @@ def as_stored(scale: Tensor, settings: GridSettings) -> Tensor:
 
 
 def search_clip(rows: Tensor, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor, settings: GridSettings) -> None:
-    """Put the best scales and zeros of ``rows`` into ``scale`` and ``zero``."""
+    """Put the best scales and zeros of ``rows`` into ``scale`` and ``zero``.
+
+    A row is not looked at where its smallest and largest entry alone, cut off by a range, lose more than the best range
+    so far loses of all its entries.
+    """
     best = torch.full_like(scale, math.inf)
     for step in range(CLIP_STEPS):
         shrink = 1 - step / 100
         tried, tried_zero = scale_and_zero(shrink * low, shrink * high, settings)
-        integers = to_integers(rows, tried[:, None], tried_zero[:, None], settings.largest)
-        error = to_values(integers, tried[:, None], tried_zero[:, None]).sub_(rows).abs_().pow_(CLIP_EXPONENT).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale.copy_(torch.where(better, tried, scale))
-        zero.copy_(torch.where(better, tried_zero, zero))
+        bottom, top = to_values(tried.new_tensor([[0.0], [settings.largest]]), tried, tried_zero)
+        least = (bottom - low).clamp_(min=0).pow_(CLIP_EXPONENT) + (high - top).clamp_(min=0).pow_(CLIP_EXPONENT)
+        # The margin is wider than the rounding of sums.
+        open_rows = (least <= best * (1 + 1e-4)).nonzero().squeeze(1)
+        if not len(open_rows):
+            continue
+        part = rows if len(open_rows) == len(rows) else rows.index_select(0, open_rows)
+        part_scale, part_zero = tried[open_rows], tried_zero[open_rows]
+        integers = to_integers(part, part_scale[:, None], part_zero[:, None], settings.largest)
+        error = (
+            to_values(integers, part_scale[:, None], part_zero[:, None]).sub_(part).abs_().pow_(CLIP_EXPONENT).sum(1)
+        )
+        better = error < best[open_rows]
+        found = open_rows[better]
+        best[found], scale[found], zero[found] = error[better], part_scale[better], part_zero[better]
 
 
 def group_of_columns(num_columns: int, group_size: GroupSize) -> Tensor:
