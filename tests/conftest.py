@@ -1,6 +1,12 @@
 import importlib
 import json
 import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import numpy as np
@@ -123,3 +129,59 @@ def compared_in_process(monkeypatch):
         return reload.compare(request, named)
 
     monkeypatch.setattr(export_files, "compare_fresh", compare)
+
+
+class Pair:
+    """Two processes with a rank each, which cost most of the time to start, so that one script follows the other."""
+
+    def __init__(self, folder):
+        self.folder, self.number, self.ranks = folder, 0, []
+
+    def start(self):
+        shared = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("rank.py")],
+                env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+
+    def stop(self):
+        for rank in self.ranks:
+            rank.kill()
+            rank.wait()
+        self.ranks = []
+
+    def run(self, script, *arguments, timeout_s=300):
+        """Run a script on both ranks, which must end well; what each has written."""
+        if not self.ranks:
+            self.start()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        outputs = [self.folder / f"{self.number}-{rank}.txt" for rank in range(2)]
+        self.number += 1
+        for rank, output in zip(self.ranks, outputs):
+            job = {"argv": [str(script), *map(str, arguments)], "output": str(output), "port": port}
+            print(json.dumps(job), file=rank.stdin, flush=True)
+        codes = [
+            rank.stdout.readline() if select.select([rank.stdout], [], [], timeout_s)[0] else "late"
+            for rank in self.ranks
+        ]
+        texts = [output.read_text() for output in outputs]
+        if codes != ["0\n"] * 2:
+            self.stop()
+            raise AssertionError(f"exit codes {codes}\n" + "\n".join(text[-6000:] for text in texts))
+        return texts
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """`Pair.run` runs a script in two processes, with a rank each."""
+    pair = Pair(tmp_path_factory.mktemp("pair"))
+    yield pair
+    pair.stop()

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -16,12 +15,10 @@ from fulgurite.checkpoints import load_document, load_tensors
 STRATEGIES = ("ddp", "fsdp2")
 EVERY_STEP = ("--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1")
 QUESTION = 1 / 7 + 1e-6  # a domain has 7 test questions
-# Several commands one after the other in each of the two processes, which cost most of the time to start.
+# Several commands one after the other in each of the two processes.
 RANK = """
 import json, sys
-import torch
 from fulgurite.cli import main
-torch.set_num_threads(1)
 sys.exit(max(main(argv) for argv in json.loads(sys.argv[1])))
 """
 
@@ -62,7 +59,7 @@ def launched(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def continued(stream_config, config, launched, tmp_path_factory):
+def continued(stream_config, config, launched, tmp_path_factory, pair):
     """What two processes do from the launched runs' checkpoints: resume and predict; and, with dropout, a run and its
     resume in the middle of the second stage."""
     root = tmp_path_factory.mktemp("continued")
@@ -87,31 +84,14 @@ def continued(stream_config, config, launched, tmp_path_factory):
         start = root / strategy / "checkpoints/epoch=4-step=9"
         commands.append([*resume, "--ckpt_path", str(start), "--test_after_fit", "false"])
         commands.append(["predict", "--ckpt_path", str(root / strategy)])
-    in_two_processes(commands)
+    script = root / "commands.py"
+    script.write_text(RANK)
+    pair.run(script, json.dumps(commands))
     return root
 
 
 def one_thread():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def in_two_processes(commands):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, json.dumps(commands)],
-            env={**one_thread(), **shared, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in texts)
 
 
 def metrics(folder):

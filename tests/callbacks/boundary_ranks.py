@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from fulgurite.checkpoints import WriteError
 from fulgurite.checkpoints.atomic import inject_faults
 from fulgurite.cli import main
@@ -22,7 +20,6 @@ def full_disk(run):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     root, plain, merging = map(Path, sys.argv[1:])
     short = (
         "--trainer.num_sanity_val_steps",

@@ -72,7 +72,6 @@ def masks(root, strategy, devices=2, max_steps=6, ckpt_path=None):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     root, plain, chain = map(Path, sys.argv[1:])
     codes = []
     for strategy in ("ddp", "fsdp2"):

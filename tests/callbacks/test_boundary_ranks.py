@@ -2,10 +2,6 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,30 +51,14 @@ checkpoint: {save_top_k: 2}
 
 
 @pytest.fixture(scope="module")
-def runs(stream_config, tmp_path_factory):
+def runs(stream_config, tmp_path_factory, pair):
     """Folder of ``<strategy>-plain``, ``<strategy>-merging`` and ``full``, and what both ranks have said."""
     root = tmp_path_factory.mktemp("ranks")
     plain, merging = root / "plain.yaml", root / "merging.yaml"
     text = stream_config.read_text().replace("dropout: 0.2", "dropout: 0.0")
     plain.write_text(text.replace("test_after_fit: true", "test_after_fit: false"))
     merging.write_text(MERGING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, root, plain, merging],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-3000:] for text in texts)
-    return root, texts
+    return root, pair.run(SCRIPT, root, plain, merging)
 
 
 def bytes_of(path):

@@ -1,10 +1,6 @@
 """Compression on two processes is that of one, and masks are kept whatever the strategy."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -41,27 +37,12 @@ trainer:
 
 
 @pytest.fixture(scope="module")
-def root(stream_config, tmp_path_factory):
+def root(stream_config, tmp_path_factory, pair):
     """Runs ``ddp`` and ``fsdp2``, ``from`` that began with what the latter pruned, and ``<..>-masks``."""
     root = tmp_path_factory.mktemp("ranks")
     (root / "plain.yaml").write_text(stream_config.read_text().replace("dropout: 0.2", "dropout: 0.0"))
     (root / "chain.yaml").write_text(CHAIN)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, root, root / "plain.yaml", root / "chain.yaml"],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-6000:] for text in texts)
+    texts = pair.run(SCRIPT, root, root / "plain.yaml", root / "chain.yaml")
     assert [(root / f"codes-{rank}").read_text() for rank in range(2)] == ["0 0 0 0"] * 2, texts[0][-6000:]
     return root
 

@@ -1,10 +1,7 @@
 """One checkpoint folder for one process, DDP and FSDP2: saved by any, loaded by any, equal to the bit."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -21,12 +18,9 @@ from fulgurite.samples.sampler import GlobalBatchSampler
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, pair):
     root = tmp_path_factory.mktemp("two_ranks")
-    script = Path(__file__).with_name("two_ranks.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, root], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pair.run(Path(__file__).with_name("two_ranks.py"), root)
     results = [json.loads((root / f"results_{rank}.json").read_text()) for rank in range(2)]
     return root, root / "unbroken" / "checkpoints" / "epoch=0-step=4", results
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -192,7 +191,6 @@ def refuse(point):
 
 
 def main(root: Path) -> None:
-    torch.set_num_threads(1)
     results = {}
     # The checkpoint comes after a validation, which leaves whole parameters behind in some units.
     _, module = run(root / "unbroken", ModelParallelStrategy(), 7)
@@ -215,4 +213,3 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    dist.destroy_process_group()  # whose threads may abort the exit

@@ -1,8 +1,5 @@
 """A walk of two processes, each with half of the batches and perhaps of the weights, gives what one process gives."""
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,23 +23,9 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, pair):
     root = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, FOLDER / "walk_ranks.py", root, address, str(rank)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(text[-6000:] for text in texts)
+    pair.run(FOLDER / "walk_ranks.py", root)
     return root
 
 

@@ -90,8 +90,9 @@ def compressed(name, own, ranks=ALONE, done=lambda block: None):
     return errors, {block.block.name: block.results for block in blocks}
 
 
-def main(root, address, rank):
-    dist.init_process_group("gloo", address, timedelta(seconds=120), rank=rank, world_size=2)
+def main(root):
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
     ranks = Ranks(rank, 2)
 
     def keep(case, own, errors):
@@ -113,8 +114,7 @@ def main(root, address, rank):
         next(iter(LayerWalk(own, SPEC, batches()[: rank + 1], own, ranks=ranks)))
     except ValueError as error:
         (root / f"refused-{rank}").write_text(str(error))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]))

@@ -1,9 +1,5 @@
 """One process, two under DDP and two under FSDP2 give the same training, router and metrics."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,24 +18,9 @@ class Losses(Callback):
 
 
 @pytest.fixture(scope="module")
-def two_processes(stream_folder, tmp_path_factory):
+def two_processes(stream_folder, tmp_path_factory, pair):
     out = tmp_path_factory.mktemp("ranks") / "results.pt"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(stream_folder), str(out)],
-            env={**os.environ, **shared, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    texts = [rank.communicate(timeout=180)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(t[-3000:] for t in texts)
+    pair.run(SCRIPT, stream_folder, out)
     return torch.load(out, weights_only=True)
 
 

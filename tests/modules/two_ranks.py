@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from fulgurite.callbacks.strategy import ModelParallelStrategy
@@ -51,7 +50,5 @@ class Losses(Callback):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     main(*sys.argv[1:])
-    dist.destroy_process_group()  # whose threads may abort the exit

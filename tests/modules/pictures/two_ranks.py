@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import seed_everything
 
 
@@ -44,7 +43,5 @@ def failure_of_writing(merging):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     seed_everything(0, verbose=False)
     main(*sys.argv[1:])
-    dist.destroy_process_group()  # whose threads may abort the exit
