@@ -99,6 +99,11 @@ class CompressAtCheckpoint(Step):
     def compressor(self) -> Compressor:
         """What becomes of each matrix."""
 
+    @property
+    def methods(self) -> list[object]:
+        """All whose papers the result owes something to."""
+        return [self.compressor]
+
     @abstractmethod
     def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Look at what is compressed in the source already.
@@ -177,7 +182,7 @@ class CompressAtCheckpoint(Step):
         figures = self.score(compressor, walk, loss_of(module, context), blocks)
         ranks.agree(lambda: compressor.begin(weights))
         results = self.solve(walk, compressor, masks, blocks)
-        facts = {**facts, **figures, "papers": papers_of(compressor), **({"data": data} if data else {})}
+        facts = {**facts, **figures, "papers": papers_of(*self.methods), **({"data": data} if data else {})}
         ranks.agree(
             lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
         )

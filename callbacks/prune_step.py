@@ -69,6 +69,11 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         """The pruner."""
         return self.pruner
 
+    @property
+    def methods(self) -> list[object]:
+        """The pruner, and the allocation."""
+        return [self.pruner] if self.allocation is None else [self.pruner, self.allocation]
+
     def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Refuse layers that are quantized, since pruning would take them off their grids."""
         compressed = read_manifest(source).facts.get(COMPRESSED, {})

@@ -68,6 +68,12 @@ class QuantizeAtCheckpoint(CompressAtCheckpoint):
         """The quantizer."""
         return self.quantizer
 
+    @property
+    def methods(self) -> list[object]:
+        """The quantizer, and what weighs tokens, gives bits or keeps weights."""
+        used = (self.quantizer, self.importance, self.budget, self.task_circuit)
+        return [method for method in used if method is not None]
+
     def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
         """Have pruned weights stay 0."""
         pruned = source_masks(source)

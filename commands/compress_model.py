@@ -241,8 +241,8 @@ def manifest_of(job: Job, facts: dict[str, Any], metrics: dict[str, float]) -> M
     """What made the result, and of what."""
     given = {name: value for name, value in job.step.settings["init_args"].items() if value is not None}
     compressor = given.pop("pruner" if job.verb == "prune" else "quantizer")
-    methods = [job.compressor, *([job.rotation] if job.rotation is not None else [])]
-    facts = {**facts, "papers": list(dict.fromkeys(paper for each in methods for paper in papers_of(each)))}
+    methods = job.step.methods if job.rotation is None else [*job.step.methods, job.rotation]
+    facts = {**facts, "papers": papers_of(*methods)}
     given |= {} if job.rotation is None else {ROTATION: described(job.rotation)}
     if job.evaluation is not None:
         facts["evaluation"] = {"windows": list(job.evaluation.shape), "data": digest_of_tensor(job.evaluation)}

@@ -129,6 +129,11 @@ def print_details(folder: Path, manifest: Manifest, every_tensor: bool, settings
     for name, value in origin_rows(manifest):
         origin.add_row(name, value)
     out.print(origin)
+    if manifest.parents:
+        made_from = plain_table("made from", "", "was", "by", "digest")
+        for row in lineage_rows(folder, manifest):
+            made_from.add_row(*row)
+        out.print(made_from)
     whole = manifest.facts.get("parameters", {}).get("model")
     sets = plain_table("sets and other parts", "part", "tensors", "parameters", "of the model", "size")
     for name, row in sets_of(manifest).items():
@@ -193,8 +198,6 @@ def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if "parameters" in facts:
         trained, model = facts["parameters"]["trained"], facts["parameters"]["model"]
         yield "trained", f"{trained:,} of {model:,} parameters ({trained / max(model, 1):.2%})"
-    for parent in manifest.parents:
-        yield "made from", f"{parent.get('path')}  {parent.get('digest')}"
     if SHARDS in manifest.structure:
         yield SHARDS, f"{sum(file.startswith(SHARD) for file in manifest.files)} files"
     for key, value in manifest.structure.items():
@@ -202,6 +205,23 @@ def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
             yield "structure", f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}"
     yield "size", size_text(_bytes(manifest))
     yield "software", ", ".join(f"{name} {version}" for name, version in facts.get("software", {}).items())
+
+
+def lineage_rows(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str, str, str]]:
+    """Path, part, method and digest of all that a checkpoint was made from; parents below their child, set in."""
+    from fulgurite.checkpoints.card import method_of, step_of
+    from fulgurite.checkpoints.lineage import Node, lineage_of
+
+    def rows(node: Node, depth: int) -> Iterator[tuple[str, str, str, str]]:
+        for parent in node.parents:
+            known = parent.manifest
+            method = None if known is None or step_of(known) is None else f"{step_of(known)} {method_of(known) or ''}"
+            made_by = method or ("training" if known is not None and "model" in known.settings else "")
+            state = "" if parent.state in ("known", "file") else f" ({parent.state})"
+            yield f"{'  ' * depth}{parent.path}{state}", parent.part, made_by.strip(), parent.digest
+            yield from rows(parent, depth + 1)
+
+    return rows(lineage_of(manifest, folder), 0)
 
 
 def stage_text(facts: Mapping[str, Any]) -> str:

@@ -203,7 +203,7 @@ def gptq(
 
 
 class Gptq(Quantizer):
-    """Quantizes column by column; see `gptq`.
+    """Quantizes column by column (arXiv 2210.17323); see `gptq`.
 
     Args:
         bits: of every matrix, 1 to 8; 16 leaves it as it is.

@@ -143,6 +143,8 @@ def test_the_command_of_the_header_gives_what_the_record_says(name, run):
         }[name]
     elif "sparsity" in totals and manifest.settings.get("prune"):
         assert {layer["sparsity"] for layer in layers} == {0.5}
+    if name != "magnitude_50":  # which has no paper of its own
+        assert set(re.findall(r"arXiv \d{4}\.\d{5}", " ".join(header(name)))) <= set(manifest.facts["papers"])
     assert (ROTATION in manifest.facts) == (name == "rsq_3")
     if name.startswith("tacq"):
         assert sum(round(layer["kept"] * size(layer)) for layer in layers) == int(0.0035 * sum(map(size, layers)))

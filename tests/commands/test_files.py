@@ -114,7 +114,7 @@ def test_inspect_shows_a_checkpoint_to_a_person(run, capsys):
         ["data", "3", "answers;", "domains", "red,", "green"],
         ["data", "digest", "5f"],
         ["trained", "6", "of", "600", "parameters", "(1.00%)"],
-        ["made", "from", "runs/other", "xxh3_128:0b"],
+        ["runs/other", "(missing)", "source", "xxh3_128:0b"],
         ["red", "1", "6", "1.00%", "24", "B"],
         ["live", "1", "6", "1.00%", "24", "B"],
         ["router", "1", "4", "0.67%", "32", "B"],
@@ -126,6 +126,32 @@ def test_inspect_shows_a_checkpoint_to_a_person(run, capsys):
     assert f"torch {torch.__version__}" in out
     size = (run / "checkpoints" / "last" / "state.safetensors").stat().st_size
     assert ["state.safetensors", f"{size}", "B", "1"] in [row[:4] for row in found]
+
+
+def test_inspect_shows_all_that_a_checkpoint_was_made_from(run, tmp_path, capsys):
+    digests, before = [], str(run / "checkpoints" / "last")
+    for name, settings in (
+        ("merged", {"merger": "fulgurite.methods.merging.ties.Ties"}),
+        ("pruned", {"prune": {"class_path": "fulgurite.methods.pruning.wanda.Wanda", "init_args": {}}}),
+        ("quantized", {}),
+    ):
+        digests.append(read_manifest(before).digest)
+        parents = [{"path": before, "digest": digests[-1]}]
+        save_checkpoint_folder(tmp_path / name, {"weights": {"w": torch.ones(1)}}, parents=parents, settings=settings)
+        before = str(tmp_path / name)
+    assert main(["inspect", before]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if "source" in line]
+    last = f"{run}/checkpoints/last"
+    expected = [
+        [f"{tmp_path}/pruned", "source", "prune", "Wanda", digests[2]],
+        [f"{tmp_path}/merged", "source", "merge", "Ties", digests[1]],
+        [last, "source", "training", digests[0]],
+        ["runs/other", "(missing)", "source", "xxh3_128:0b"],
+    ]
+    assert [line.split() for line in found] == expected
+    depths = [len(line) - len(line.lstrip()) for line in found]
+    assert depths == [depths[0] + 2 * depth for depth in range(4)]
 
 
 def test_inspect_shows_a_run_and_its_newest_checkpoint(run, capsys):

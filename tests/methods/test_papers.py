@@ -16,3 +16,4 @@ def test_papers_are_those_of_the_class_else_of_its_file():
     assert papers_of(Plain()) == []
     assert papers_of(ModelStock()) == ["arXiv 2403.19522"]
     assert papers_of(Karcher()) == []
+    assert papers_of(ModelStock(), Karcher(), Own(), ModelStock()) == [*papers_of(ModelStock()), *papers_of(Own())]
