@@ -108,6 +108,7 @@ def data_of(path: Path, config: str | None, allow: tuple[str, ...], module: Any)
     if not isinstance(data, FulguriteDataModule):
         raise ConfigError(f"{record}: {type(data).__name__} gives no samples to measure on")
     data.prepare_data()
-    data.attach(module.collator("validate"))
+    ask = getattr(module, "feature_extractor", None)
+    data.attach(module.collator("validate"), None if ask is None else ask())
     data.setup("fit")
     return data

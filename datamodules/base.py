@@ -109,6 +109,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
         self.skipped: list[dict[str, str]] = []
         self.filtered: Counter[tuple[str, str]] = Counter()
         self._collators: dict[str, Collator] = {}
+        self._attached: FeatureExtractor | None = None
         self._splits: dict[Split, list[Sample]] = {}
         self.stage = ""
 
@@ -204,10 +205,14 @@ class FulguriteDataModule(LightningDataModule, ABC):
                     )
         return kept
 
-    def attach(self, collator: Collator) -> None:
-        """Use ``collator`` for all stages. For work without a trainer: features, indexing, calibration."""
+    def attach(self, collator: Collator, extractor: FeatureExtractor | None = None) -> None:
+        """Use ``collator`` for all stages, and ``extractor`` where there is a feature cache.
+
+        For work without a trainer: features, indexing, calibration.
+        """
         check_picklable(collator)
         self._collators = dict.fromkeys(SPLITS_OF_STAGE, collator)
+        self._attached = extractor
 
     def setup(self, stage: str) -> None:
         """Read the splits of ``stage``, ask the module for its collator, fill the feature cache, check that all fit.
@@ -332,8 +337,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
         return kept
 
     def _extractor(self) -> FeatureExtractor | None:
-        if self.feature_cache is None or self.trainer is None:
+        if self.feature_cache is None:
             return None
+        if self.trainer is None:
+            return self._attached
         ask = getattr(self.trainer.lightning_module, "feature_extractor", None)
         return None if ask is None else ask()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -38,10 +38,11 @@ def fill_features(
     encoder, sampling = extractor.encoder, extractor.sampling
     store = FeatureStore(data.feature_cache, data.feature_dtype)
     trainer = data.trainer
+    rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
     videos = list(dict.fromkeys(s.video for s in samples if s.video is not None))
     home = next(encoder.parameters()).device
-    encoder.to(trainer.strategy.root_device)
-    with in_step(trainer.strategy, "frame features"):
+    encoder.to(home if trainer is None else trainer.strategy.root_device)
+    with nullcontext() if trainer is None else in_step(trainer.strategy, "frame features"):
         extract_features(
             videos,
             encoder,
@@ -49,8 +50,8 @@ def fill_features(
             store,
             num_workers=data.num_workers,
             progress=_report(f"{split} features by {encoder.name}"),
-            rank=trainer.global_rank,
-            world=trainer.world_size,
+            rank=rank,
+            world=world,
         )
     encoder.to(home)
     reader = store.reader(encoder, sampling)

@@ -80,3 +80,23 @@ def test_the_store_is_read_in_the_dtype_of_the_option(folder, trainer, watcher, 
     close = {"atol": 1e-6, "rtol": 1e-6} if dtype == "float32" else {"atol": 1e-3, "rtol": 1e-3}
     torch.testing.assert_close(stored.float(), exact, **close)
     assert video_key(sample.video) in FeatureStore(folder / "cache", dtype).reader(encoder, SAMPLING)
+
+
+class Reads:
+    """A collator that needs a video, or its features."""
+
+    needs = ("features.scaled|video",)
+
+    def __call__(self, samples):
+        return {"given": torch.stack([sample.features["scaled"] for sample in samples])}
+
+
+def test_without_a_trainer_an_attached_extractor_fills_the_cache(folder):
+    data = JsonlDataModule(folder / "a", feature_cache=folder / "cache", feature_dtype="float32")
+    encoder = Encoder(2.0)
+    data.attach(Reads(), FeatureExtractor(encoder, SAMPLING))
+    data.setup("fit")
+    samples = data.samples("train")
+    frames = [as_floats(sample.video.frames(SAMPLING.indices(sample.video))) for sample in samples]
+    expected = torch.stack([encoder(each) for each in frames])
+    torch.testing.assert_close(Reads()(samples)["given"], expected.detach())
