@@ -173,14 +173,16 @@ def groups_of(block: Block, layers: Mapping[str, nn.Module], compressor: Compres
 def moments_of(
     block: Block, groups: Sequence[Sequence[str]], weights: Sequence[PerLayer] | None, compressor: Compressor
 ) -> dict[str, Tensor]:
-    """What ``compressor`` needs of the inputs of layers, some of which share one.
-
-    Grams come in the type that layers are solved in, which on the CPU takes half of the memory of the sums.
-    """
+    """What ``compressor`` needs of the inputs of layers, some of which share one."""
     if compressor.needs == "nothing":
         return {}
     if compressor.needs == "energies":
         return block.grams(groups, weights, diagonal=True).means()
+    return grams_of(block, groups, weights)
+
+
+def grams_of(block: Block, groups: Sequence[Sequence[str]], weights: Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """Grams in the type that layers are solved in, which on the CPU takes half of the memory of the sums."""
     types = [block.walk.model.get_submodule(name).weight.dtype for group in groups for name in group]
     solved = torch.float64 if torch.float64 in types else torch.float32
     return block.grams(groups, weights).means(dtype=solved)

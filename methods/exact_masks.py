@@ -104,7 +104,8 @@ def checked(name: str, scores: Tensor, size: int) -> Tensor:
 def smallest_of_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
     """True at the smallest entries of every row; of equal ones, the first.
 
-    Holds a copy of 2^18 scores on the CPU, and one more of all scores elsewhere.
+    Holds a copy of 2^18 scores on the CPU, and one more of all scores elsewhere; with counts by row, an integer of 8
+    bytes per score.
 
     Args:
         scores: (R, C).
@@ -116,6 +117,8 @@ def smallest_of_rows(scores: Tensor, counts: int | Tensor) -> Tensor:
     rows, columns = scores.shape
     checked("scores", scores, rows * columns)
     if isinstance(counts, Tensor):
+        if len(counts) and not 0 <= int(counts.min()) <= int(counts.max()) <= columns:
+            raise ValueError(f"{counts.tolist()} of {columns} entries of a row cannot be chosen")
         order = scores.argsort(dim=1, stable=True)
         chosen = torch.arange(columns, device=scores.device) < counts[:, None]
         return torch.zeros_like(chosen).scatter_(1, order, chosen)

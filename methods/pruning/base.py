@@ -36,11 +36,17 @@ class Pruner(Compressor):
         if pattern is not None:
             kept_of(pattern)
         self.sparsity, self.pattern, self.sparsities = sparsity, pattern, dict(sparsities or {})
-        self._by_name: dict[str, float] = {}
+        self.assigned: dict[str, float] = {}
 
     def assign(self, sparsities: Mapping[str, float]) -> None:
-        """Take the sparsity of every matrix from an allocation, by the name of its layer."""
-        self._by_name = dict(sparsities)
+        """Take the sparsity of every matrix from an allocation, by the name of its layer.
+
+        Raises:
+            ValueError: ``pattern`` or ``sparsities`` say otherwise.
+        """
+        if self.pattern is not None or self.sparsities:
+            raise ValueError("an allocation gives every layer its sparsity: leave out pattern and sparsities")
+        self.assigned = dict(sparsities)
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Give every matrix its sparsity.
@@ -48,8 +54,8 @@ class Pruner(Compressor):
         Raises:
             ValueError: an entry of ``sparsities`` matches no layer, or an allocation leaves some out.
         """
-        if self._by_name:
-            if missing := [name for name in weights if name not in self._by_name]:
+        if self.assigned:
+            if missing := [name for name in weights if name not in self.assigned]:
                 raise ValueError(f"the allocation has no sparsity for {len(missing)} layers, first {missing[0]}")
             return
         for pattern in self.sparsities:
@@ -60,6 +66,6 @@ class Pruner(Compressor):
 
     def sparsity_of(self, name: str) -> float | None:
         """Of one layer; None with an N:M pattern."""
-        if name in self._by_name:
-            return self._by_name[name]
+        if name in self.assigned:
+            return self.assigned[name]
         return next((value for each, value in self.sparsities.items() if re.fullmatch(each, name)), self.sparsity)

@@ -66,6 +66,8 @@ class Magnitude(Pruner):
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Rank all weights, where they are ranked together. Memory: a mask of every matrix."""
         super().begin(weights)
+        if self.scope == "global" and self.assigned:
+            raise ValueError("an allocation gives every layer its sparsity: leave out scope=global")
         if self.scope == "global":
             self._masks = dict(global_magnitude_masks(weights, self.sparsity))
 

@@ -1,7 +1,8 @@
 """Wanda: prune by weight times norm of its input, without changing what stays (arXiv 2306.11695).
 
 score_ij = |W_ij| sqrt(v_j),     v_j the column energy sum_t x_tj^2, on any scale
-rows       int(p in) of every row, as published for language models
+rows       int(p in) of every row, as published for language models; where an allocation says how many of the matrix,
+           the first rows lose one more, so that the count is exact
 matrix     exactly round(p n) of the matrix
 variant    of every row, the smallest scores that add up to at most a share alpha of its sum; alpha is bisected
 """
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fulgurite.methods.exact_masks import smallest_of_rows
+from fulgurite.methods.exact_masks import rounded_count, smallest_of_rows
 from fulgurite.methods.pruning.base import Pruner
 from fulgurite.methods.pruning.magnitude import magnitude_scores, matrix_mask, pruned
 from fulgurite.methods.pruning.n_m import n_m_mask
@@ -41,8 +42,17 @@ def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
     return scores.mul_(input_norm.to(scores))
 
 
-def wanda_mask(weight: Tensor, input_norm: Tensor, sparsity: float, selection: Selection = "rows") -> Tensor:
+def wanda_mask(
+    weight: Tensor, input_norm: Tensor, sparsity: float, selection: Selection = "rows", exact: bool = False
+) -> Tensor:
     """True where a weight is kept, (out, in); see `wanda_scores`.
+
+    Args:
+        weight: (out, in).
+        input_norm: (in,).
+        sparsity: share that is pruned.
+        selection: what is ranked together.
+        exact: prune round(p n) of the matrix where ``rows`` are ranked, instead of int(p in) of every row.
 
     Raises:
         ValueError: a sparsity outside [0, 1] or an unknown selection.
@@ -51,7 +61,11 @@ def wanda_mask(weight: Tensor, input_norm: Tensor, sparsity: float, selection: S
         raise ValueError(f"a sparsity of {sparsity} is outside [0, 1]")
     scores = wanda_scores(weight, input_norm)
     if selection == "rows":
-        return ~smallest_of_rows(scores, int(sparsity * weight.shape[1]))
+        if not exact:
+            return ~smallest_of_rows(scores, int(sparsity * weight.shape[1]))
+        each, more = divmod(rounded_count(sparsity, weight.numel()), len(weight))
+        first = [smallest_of_rows(scores[:more], each + 1)] if more else []
+        return ~torch.cat([*first, smallest_of_rows(scores[more:], each)])
     if selection == "matrix":
         return matrix_mask(scores, sparsity)
     if selection == "variant":
@@ -63,8 +77,13 @@ def variant_mask(scores: Tensor, sparsity: float) -> Tensor:
     """True where a weight is kept, with as many of each row as the bisected share alpha leaves.
 
     Starts at alpha = 0.4 in [0, 0.8], and ends when the matrix is within 1e-3 of ``sparsity`` or the interval is
-    shorter than that, as published: beyond what alpha = 0.8 prunes, the sparsity falls short.
+    shorter than that, as published; a sparsity of 0 prunes nothing.
+
+    Raises:
+        ValueError: more than alpha = 0.8 prunes is wanted.
     """
+    if sparsity == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
     ordered, order = scores.sort(dim=1, stable=True)
     sums, totals = ordered.cumsum(1), ordered.sum(1, keepdim=True)
     low, high, alpha = 0.0, LARGEST, START
@@ -77,6 +96,10 @@ def variant_mask(scores: Tensor, sparsity: float) -> Tensor:
             alpha, high = (alpha + low) / 2, alpha
         else:
             alpha, low = (alpha + high) / 2, alpha
+    if sparsity - found > 10 * TOLERANCE and alpha > LARGEST - 2 * TOLERANCE:
+        raise ValueError(
+            f"selection='variant' prunes at most {found:.3f} of this matrix, not {sparsity}: choose 'rows' or 'matrix'"
+        )
     kept = torch.arange(scores.shape[1], device=scores.device) >= counts[:, None]
     return torch.zeros_like(kept).scatter_(1, order, kept)
 
@@ -111,4 +134,4 @@ class Wanda(Pruner):
         norm = moment.sqrt()
         if self.pattern is not None:
             return pruned(weight, n_m_mask(wanda_scores(weight, norm), self.pattern))
-        return pruned(weight, wanda_mask(weight, norm, self.sparsity_of(name), self.selection))
+        return pruned(weight, wanda_mask(weight, norm, self.sparsity_of(name), self.selection, name in self.assigned))

@@ -42,21 +42,21 @@ class Quantizer(Compressor):
         group_of_columns(1, group_size)
         self.bits, self.group_size, self.scheme, self.clip_search = bits, group_size, scheme, clip_search
         self.scale_dtype, self.bits_by_name = scale_dtype, dict(bits_by_name or {})
-        self._bits: dict[str, int] = {}
-        self._kept: dict[str, Tensor] = {}
-        self._masks: dict[str, Tensor] = {}
+        self.assigned: dict[str, int] = {}
+        self.kept: dict[str, Tensor] = {}
+        self.masks: dict[str, Tensor] = {}
 
     def assign(self, bits: Mapping[str, int]) -> None:
         """Take the bits of every matrix from an allocation, by the name of its layer."""
-        self._bits = dict(bits)
+        self.assigned = dict(bits)
 
     def keep(self, masks: Mapping[str, Tensor]) -> None:
         """Leave the weights where a mask (out, in) is True as they are (TaCQ), by the name of the layer."""
-        self._kept = dict(masks)
+        self.kept = dict(masks)
 
     def keep_zeros(self, masks: Mapping[str, Tensor]) -> None:
         """Leave the weights at 0 where a mask (out, in) of pruning is False, by the name of the layer."""
-        self._masks = dict(masks)
+        self.masks = dict(masks)
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Check what is given by name.
@@ -65,9 +65,9 @@ class Quantizer(Compressor):
             ValueError: an entry of ``bits_by_name`` matches no layer, an allocation leaves some out, or a mask does not
                 fit its layer.
         """
-        if self._bits and (missing := [name for name in weights if name not in self._bits]):
+        if self.assigned and (missing := [name for name in weights if name not in self.assigned]):
             raise ValueError(f"the allocation has no bits for {len(missing)} layers, first {missing[0]}")
-        for name, mask in (*self._kept.items(), *self._masks.items()):
+        for name, mask in (*self.kept.items(), *self.masks.items()):
             if name in weights and (mask.shape != weights[name].shape or mask.dtype != torch.bool):
                 shape = tuple(weights[name].shape)
                 raise ValueError(f"{name}: a mask of {tuple(mask.shape)} in {mask.dtype}, expected {shape} in bool")
@@ -79,18 +79,18 @@ class Quantizer(Compressor):
 
     def bits_of(self, name: str) -> int:
         """Of one layer."""
-        if name in self._bits:
-            return self._bits[name]
+        if name in self.assigned:
+            return self.assigned[name]
         return next((value for each, value in self.bits_by_name.items() if re.fullmatch(each, name)), self.bits)
 
     def kept_of(self, name: str, weight: Tensor) -> Tensor | None:
         """Which weights of a layer stay as they are."""
-        mask = self._kept.get(name)
+        mask = self.kept.get(name)
         return None if mask is None else mask.to(weight.device)
 
     def pruned_of(self, name: str, weight: Tensor) -> Tensor | None:
         """Which weights of a layer were pruned, and stay 0."""
-        mask = self._masks.get(name)
+        mask = self.masks.get(name)
         return None if mask is None else ~mask.to(weight.device)
 
     def stored_type(self, weight: Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fulgurite.methods.compression import TokenWeights, cost, matrices, matrix, relative_error
+from fulgurite.methods.compression import TokenWeights, cost, grams_of, matrices, matrix, relative_error
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.quantization.base import Quantizer
 from fulgurite.methods.quantization.bit_allocation import allocate_bits
@@ -86,6 +86,8 @@ class BitBudget:
         solver = copy.copy(quantizer)
         if self.measure == "rounding":
             solver = Rtn(4, quantizer.group_size, quantizer.scheme, quantizer.clip_search, quantizer.scale_dtype)
+            solver.keep(quantizer.kept)
+            solver.keep_zeros(quantizer.masks)
         solver.begin(matrices(walk, pattern))
         measured = any(walk.ranks.gather(bool(walk.batches)))
         if not measured and solver.needs != "nothing":
@@ -96,7 +98,7 @@ class BitBudget:
             moments: dict[str, Tensor] = {}
             if measured and layers:
                 weights = None if token_weights is None else token_weights(block)
-                moments = block.grams(block.input_groups(layers), weights).means()
+                moments = grams_of(block, block.input_groups(layers), weights)
             sizes = {name: cost(module) for name, module in layers.items()}
 
             def own(

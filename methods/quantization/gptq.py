@@ -164,8 +164,14 @@ def gptq(
         group_index[perm] = solved_groups
     else:
         solved_groups = group_index if perm is None else group_index[perm]
+    dead = (gram.diagonal() == 0)[None]
+    if kept is not None and not zero_dead_kept:
+        dead = dead & ~kept
     if groups == "static":
-        scale, zero = (fitted.T.contiguous() for fitted in fit_groups(dense, group_size, settings, kept))
+        # Grids of rows and tensors are fitted on the weight as given, those of groups without dead columns.
+        given = dense if group_size in ("channel", "tensor") else dense.masked_fill(dead, 0)
+        scale, zero = (fitted.T.contiguous() for fitted in fit_groups(given, group_size, settings, kept))
+        del given
     else:
         scale, zero = dense.new_empty(2, int(group_index.max()) + 1, len(dense))
     factor = damped_factor(gram, perm, percdamp, dense.dtype)
@@ -181,8 +187,8 @@ def gptq(
     solved = in_order(dense)
     kept_columns = None if kept is None else in_order(kept)
     pruned_columns = None if pruned is None else in_order(pruned)
-    dead = in_order((gram.diagonal() == 0)[None])
-    solved.masked_fill_(dead if kept is None or zero_dead_kept else dead & ~kept_columns, 0)
+    solved.masked_fill_(in_order(dead), 0)
+    del dense
     rule = GridRule(
         solved_groups.tolist(), scale, zero, settings, tuple(solved.shape), groups, kept_columns, pruned_columns
     )
@@ -190,7 +196,7 @@ def gptq(
 
     quantized = QuantizedWeight(
         integers=as_given(rule.integers),
-        scale=scale.T.to(scale_dtype or dense.dtype).contiguous(),
+        scale=scale.T.to(scale_dtype or solved.dtype).contiguous(),
         zero=zero.T.to(torch.uint8).contiguous(),
         group_index=group_index,
         bits=bits,

@@ -131,6 +131,11 @@ def scale_and_zero(low: Tensor, high: Tensor, settings: GridSettings) -> tuple[T
     return as_stored(scale, settings), torch.full_like(scale, settings.middle)
 
 
+def smallest_of_type(kind: torch.dtype) -> float:
+    """The smallest positive number of a floating type, one without full precision."""
+    return torch.finfo(kind).tiny * torch.finfo(kind).eps
+
+
 def as_stored(scale: Tensor, settings: GridSettings) -> Tensor:
     """Scales rounded to the type that stores them, and never to 0.
 
@@ -138,7 +143,7 @@ def as_stored(scale: Tensor, settings: GridSettings) -> Tensor:
         ValueError: they do not fit that type.
     """
     kind = settings.scale_dtype or scale.dtype
-    stored = scale.to(kind).to(scale.dtype).clamp_(min=torch.finfo(kind).tiny)
+    stored = scale.to(kind).to(scale.dtype).clamp_(min=smallest_of_type(kind))
     if not torch.isfinite(stored).all():
         raise ValueError(
             f"scales up to {scale.max().item():.3g} do not fit {kind}: give scale_dtype torch.bfloat16 or torch.float32"

@@ -137,8 +137,17 @@ def check_complete(model: nn.Module, spec: ModelSpec, readers: dict[str, list[st
         known |= {name for name, _ in writers(model, spec, tower.name)}
     for block in spec.all_block_names(model):
         for name, module in model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear) and name not in known:
+            if is_linear(module) and name not in known:
                 raise ValueError(f"{name} is neither read from a norm nor among the writers of the model's spec")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of any kind."""
+    try:
+        input_width(module)
+    except ValueError:
+        return False
+    return True
 
 
 def norm_kind(name: str, norm: nn.Module) -> NormKind:

@@ -98,7 +98,22 @@ def planned(
     widths = {model.get_submodule(name).weight.numel() for name in readers_of_norms(model, spec)}
     if unknown := sorted(widths - set(streams)):
         raise ValueError(f"norms of width {unknown}, but the towers have {sorted(streams)}")
+    if heads != "none":
+        for attention in (attention for tower in spec.towers for attention in tower.attentions):
+            check_heads(model, attention)
     return RotationRecord(streams, online, kinds_of_norms(model, spec))
+
+
+def check_heads(model: nn.Module, attention: Attention) -> None:
+    """Raise ValueError where values and outputs have not the heads of the spec, LookupError for a pattern of none."""
+    values, outputs = any_sites(model, attention.value), any_sites(model, attention.output)
+    if len(values) != len(outputs):
+        raise ValueError(f"{len(values)} layers {attention.value!r}, but {len(outputs)} {attention.output!r}")
+    for names, side, heads in ((values, 0, attention.num_key_value_heads), (outputs, 1, attention.num_heads)):
+        for name in names:
+            width = matrix_of(name, model.get_submodule(name)).shape[side]
+            if width != heads * attention.head_dim:
+                raise ValueError(f"{name} is {width} wide, and the spec says {heads} heads of {attention.head_dim}")
 
 
 def stream_rotation(width: int, seed: int, residual: str, fallback: Fallback) -> Rotation:
@@ -169,8 +184,6 @@ def rotate_outputs(name: str, module: nn.Module, rotation: Rotation) -> None:
 def rotate_heads(model: nn.Module, attention: Attention, heads: Heads, fallback: Fallback, seed: int) -> None:
     """Rotate values within heads; the layer that reads them undoes it, and the rotation across heads."""
     names, outputs = any_sites(model, attention.value), any_sites(model, attention.output)
-    if len(names) != len(outputs):
-        raise ValueError(f"{len(names)} layers {attention.value!r}, but {len(outputs)} {attention.output!r}")
     within = unsigned(attention.head_dim, fallback, seed)
     across = unsigned(attention.num_heads, fallback, seed) if heads == "online" else identity(attention.num_heads)
     for value, output in zip(names, outputs):

@@ -107,7 +107,8 @@ class TaskCircuit:
         """Masks from what the two passes have found; None of a layer that is not quantized."""
 
         def dense(name: str) -> Tensor:
-            return weights[name] if quantized[name] is None else quantized[name].dequantize(weights[name].dtype)
+            # Not in the weight's own type, which may be too coarse to tell the two apart.
+            return weights[name] if quantized[name] is None else quantized[name].dequantize()
 
         return task_circuit_mask(sensitivities, weights, dense, self.ratio)
 
@@ -118,7 +119,12 @@ def reference(
     """What the quantizer makes of every layer if it keeps nothing; the model is as it was afterwards.
 
     All ranks call it. Memory: a copy of the weights, and a byte per weight.
+
+    Raises:
+        ValueError: the weights are sharded.
     """
+    if walk.sharded:
+        raise ValueError("a task circuit needs whole weights, and these are sharded: choose it on one that is whole")
     plain = copy.copy(quantizer)
     plain.keep({})
     weights = matrices(walk, pattern)

@@ -84,11 +84,13 @@ class AbsoluteGradients(Statistic):
         """Add the moments of one loss's gradients; a weight that it does not depend on adds 0.
 
         Raises:
-            ValueError: a weight has a gradient already, or the loss is not finite.
+            ValueError: a weight has a gradient already, or the loss is not finite, or depends on no weight.
         """
         self.check_open()
         if not torch.isfinite(loss):
             raise ValueError(f"loss {loss.item()} number {int(self.counts['losses'])} is not finite")
+        if not loss.requires_grad:
+            raise ValueError("the loss depends on none of the weights: it was computed without gradients, or elsewhere")
         if held := [name for name, parameter in self.parameters.items() if parameter.grad is not None]:
             raise ValueError(f"{held[0]} has a gradient already: set it to None first")
 

@@ -291,7 +291,9 @@ def fitted(name: str, what: str, given: Tensor, x: Tensor) -> Tensor:
         ValueError: it has another number of rows.
     """
     given = given.to(x.device)
-    if given.shape == x.shape[:-1] or given.numel() * x.shape[-1] == x.numel():
+    rows, same = x.shape[:-1], given.numel() * x.shape[-1] == x.numel()
+    # Rows in the order of (B, S): as they are, flat, or S in several dimensions, but not turned round to (S, B).
+    if same and (given.shape == rows or len(rows) == 1 or (len(rows) > 2 and given.shape[:1] == rows[:1])):
         return given.reshape(-1)
     if what == "mask" and x.shape[:-1] == given.shape[:1]:
         return (given != 0).flatten(1).any(1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fulgurite.methods.pruning.global_schedule import prune_in_rounds, round_sparsity
-from fulgurite.methods.pruning.magnitude import global_magnitude_masks, magnitude_scores, matrix_mask
+from fulgurite.methods.pruning.magnitude import Magnitude, global_magnitude_masks, magnitude_scores, matrix_mask
 from fulgurite.methods.pruning.n_m import n_m_mask
-from fulgurite.methods.pruning.wanda import wanda_mask, wanda_scores
+from fulgurite.methods.pruning.wanda import Wanda, wanda_mask, wanda_scores
 
 
 def draw(*shape, seed=0):
@@ -131,3 +131,29 @@ def test_rounds_reach_the_target_and_never_bring_a_weight_back():
     assert round_sparsity(0.6, 4, 4) == 0.6
     with pytest.raises(ValueError, match="round 5 of 4"):
         round_sparsity(0.6, 5, 4)
+
+
+def test_an_allocation_is_met_to_the_weight():
+    generator = torch.Generator().manual_seed(0)
+    weight, energy = torch.randn(7, 10, generator=generator), torch.rand(10, generator=generator)
+    wanda = Wanda(0.5)
+    for count in (0, 1, 33, 69, 70):
+        wanda.assign({"a": count / 70})
+        assert (~wanda.compress("a", weight, energy).mask).sum() == count
+        rows = (~wanda.compress("a", weight, energy).mask).sum(1)
+        assert rows.max() - rows.min() <= 1
+
+
+def test_the_variant_prunes_nothing_at_0_and_says_what_it_cannot_reach():
+    weight, norm = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), torch.ones(64)
+    assert wanda_mask(weight, norm, 0.0, "variant").all()
+    with pytest.raises(ValueError, match=r"prunes at most 0\.[89]"):
+        wanda_mask(weight, norm, 0.99, "variant")
+
+
+@pytest.mark.parametrize(
+    "pruner", [Wanda(pattern="2:4"), Wanda(0.5, sparsities={"a": 0.1}), Magnitude(0.5, scope="global")]
+)
+def test_an_allocation_beside_what_says_otherwise_is_refused(pruner):
+    with pytest.raises(ValueError, match="gives every layer its sparsity"):
+        pruner.assign({"a": 0.5}) or pruner.begin({"a": torch.ones(4, 4)})

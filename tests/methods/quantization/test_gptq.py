@@ -285,3 +285,15 @@ def test_pruned_weights_stay_zero_and_the_others_make_up_for_it(order, groups):
     assert torch.equal(gptq(weight, gram, **settings, pruned=torch.zeros_like(pruned)).weight, plain.weight)
     kept = torch.ones_like(pruned)
     assert torch.equal(gptq(weight, gram, **settings, kept=kept, pruned=pruned).quantized.kept, ~pruned)
+
+
+def test_a_dead_column_does_not_stretch_the_grid_of_its_group():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    weight[:, 2], x[:, 2] = 100.0, 0.0
+    found = gptq(weight, x.T @ x, 4, 4, groups="static").quantized
+    without = weight.clone()
+    without[:, 2] = 0
+    expected = gptq(without, x.T @ x, 4, 4, groups="static").quantized
+    assert torch.equal(found.scale, expected.scale)
+    assert found.scale.max() < 1

@@ -184,3 +184,30 @@ def test_bad_input_is_one_error():
     with pytest.raises(ValueError, match="matrix"):
         quantize_rtn(weight[0], 4)
     assert fit_groups(weight, 2, GridSettings(1))[0].shape == (2, 2)
+
+
+def test_small_scales_of_half_precision_are_those_of_the_range():
+    row = torch.linspace(-1e-3, 1e-3, 9)[None]
+    settings = GridSettings(8, "asymmetric", scale_dtype=torch.float16)
+    scale, _ = fit_grid(row, settings)
+    assert scale.item() == torch.tensor(2e-3 / 255).half().float().item()
+
+
+def test_the_clip_search_finds_what_a_search_of_all_ranges_finds():
+    """In float32 on wide rows, where most ranges are passed over."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 128, generator=generator) * torch.randn(64, 128, generator=generator).exp()
+    settings = GridSettings(4, "asymmetric", clip_search=True)
+    scale, zero = fit_grid(rows, settings)
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    best, expected, expected_zero = torch.full((64,), torch.inf), torch.empty(64), torch.empty(64)
+    for step in range(80):
+        shrink = 1 - step / 100
+        tried = (shrink * high - shrink * low) / 15
+        zeros = (-(shrink * low) / tried).round()
+        levels = ((rows / tried[:, None]).round() + zeros[:, None]).clamp(0, 15)
+        error = ((levels - zeros[:, None]) * tried[:, None] - rows).abs().pow(2.4).sum(1)
+        better = error < best
+        best[better], expected[better], expected_zero[better] = error[better], tried[better], zeros[better]
+    assert torch.equal(scale, expected)
+    assert torch.equal(zero, expected_zero)

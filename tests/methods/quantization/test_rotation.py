@@ -223,6 +223,11 @@ def test_what_a_spec_leaves_out_is_an_error_before_any_change():
         rotate(model, changed(attentions=()))
     with pytest.raises(ValueError, match="no Hadamard matrix of size 7"):
         rotate(model, changed(attentions=(replace(tower.attentions[0], head_dim=7),)), heads="merged")
+    for wrong in ({"num_key_value_heads": 3}, {"num_heads": 3}):
+        with pytest.raises(ValueError, match="wide, and the spec says 3 heads"):
+            rotate(model, changed(attentions=(replace(tower.attentions[0], **wrong),)), heads="merged")
+    with pytest.raises(LookupError, match="no_such"):
+        rotate(model, changed(attentions=(replace(tower.attentions[0], value="no_such"),)), heads="merged")
     with pytest.raises(ValueError, match="feed_forward=False"):
         rotate(model, changed(feed_forward_outputs=None))
     with pytest.raises(LookupError, match="norm_linear"):

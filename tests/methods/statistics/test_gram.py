@@ -165,10 +165,14 @@ def test_other_shapes_of_input(model, batch):
     head = measured(model, x, mask, pattern="head", expected=1, split=9).means()["head"]
     pooled = inputs_of(model, x[:8])["head"].double()  # the ninth example is padding throughout
     torch.testing.assert_close(head, pooled.T @ pooled / 8, rtol=1e-6, atol=1e-8)
-    grams = GramStatistics(model, "head", 1)
-    grams.update("head", batch[0].reshape(2, 2, 10, 6), batch[1])
-    expected = gram_of(batch[0][batch[1] != 0], None, torch.float64)
-    torch.testing.assert_close(grams.sums["head"], expected)
+    x, mask = batch
+    expected = gram_of(x[mask != 0], None, torch.float64)
+    for shaped, given in ((x.reshape(4, 2, 5, 6), mask.reshape(4, 10)), (x.reshape(-1, 6), mask)):
+        grams = GramStatistics(model, "head", 1)
+        grams.update("head", shaped, given)
+        torch.testing.assert_close(grams.sums["head"], expected)
+    with pytest.raises(ValueError, match="does not fit"):  # tokens before examples, as some modules have them
+        grams.update("head", x.transpose(0, 1), mask)
 
 
 def test_reduced_precision_outside_changes_nothing(model, batch):
