@@ -41,6 +41,19 @@ class BlockCall:
 
         return module(*map(at_home, self.args), **{name: at_home(value) for name, value in self.kwargs.items()})
 
+    def shapes(self, hidden: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Of the hidden states and of all tensors among the other arguments."""
+        found = [tuple(hidden.shape)]
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tuple(tensor.shape))
+            return tensor
+
+        for value in (*self.args, *self.kwargs.values()):
+            if value is not HIDDEN:
+                mapped(value, note)
+        return tuple(found)
+
 
 def catch_calls(
     modules: Mapping[str, nn.Module], run: Callable[[], Any], storage: torch.device, whole_pass: bool = False

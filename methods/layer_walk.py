@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fulgurite.methods.block_calls import BlockCall, Enough, catch_calls, hidden_of
 from fulgurite.methods.ranks import ALONE, Ranks
 from fulgurite.methods.sharding import is_sharded
-from fulgurite.methods.statistics.gram import GramStatistics, PerLayer, input_width
+from fulgurite.methods.statistics.gram import GramStatistics, PerLayer, input_width, version_of
 from fulgurite.methods.structure import ModelSpec, Tower
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Block:
         inputs: hidden states of this process's batches.
         calls: the other arguments of each.
         walk: that it is part of.
-        called_once: whether each of its layers is, by a batch; known after `input_groups`.
+        called_once: whether each of its layers is, by a batch of any of their shapes; known after `input_groups`.
     """
 
     name: str
@@ -101,6 +101,11 @@ class Block:
         for number in range(len(self.inputs) if limit is None else limit):
             yield self.output(number)
 
+    def pass_on(self) -> None:
+        """Put what the block gives in the place of its inputs, for which it has no more use."""
+        for place, output in enumerate(self.outputs()):
+            self.inputs[place] = output.to(self.walk.storage)
+
     @torch.no_grad()
     def output(self, number: int) -> Tensor:
         """Hidden states that the block gives for one batch, as it is now."""
@@ -132,30 +137,36 @@ class Block:
         Raises:
             ValueError: a layer is never called as a module.
         """
-        order: dict[tuple[int, ...], list[str]] = {}
+        order: dict[tuple[tuple[int, int], ...], list[str]] = {}
         kept: list[Tensor] = []  # so that no tensor takes another's identity
         missing = set(layers)
-
-        calls: dict[str, tuple[int, ...]] = {}  # in one batch
+        calls: dict[str, tuple[tuple[int, int], ...]] = {}  # in one batch
+        self.called_once = True
 
         def note(name: str, x: Tensor) -> None:
             kept.append(x)
-            calls[name] = (*calls.get(name, ()), id(x))
+            calls[name] = (*calls.get(name, ()), (id(x), version_of(x)))
 
         def look() -> None:
-            outputs = self.outputs()
-            while missing or self.walk.sharded:
-                with watching({name: layers[name] for name in missing}, note):
-                    if next(outputs, None) is None:
-                        break
+            shapes = set()
+            for number, hidden in enumerate(self.inputs):
+                own, looked = self.calls[number].shapes(hidden), len(kept)
+                if own in shapes and not missing and not self.walk.sharded:
+                    continue  # how often a layer is called depends on shapes at most
+                shapes.add(own)
+                with watching(layers, note):
+                    self.output(number)
+                self.called_once &= all(len(numbers) == 1 for numbers in calls.values())
+                if not missing:
+                    del kept[looked:]
                 for name, numbers in calls.items():
-                    order.setdefault(numbers, []).append(name)
+                    if name in missing:
+                        order.setdefault(numbers, []).append(name)
                 missing.difference_update(calls)
                 calls.clear()
 
         self.walk.ranks.agree(look)
         found = [sorted(names) for names in order.values()]
-        self.called_once = all(len(numbers) == 1 for numbers in order)
         per_rank = self.walk.ranks.gather((found, sorted(missing)))
         if nowhere := set.intersection(*(set(unseen) for _, unseen in per_rank)):
             raise ValueError(
@@ -259,8 +270,7 @@ class LayerWalk:
                     module = self.model.get_submodule(name)
                     yield (block := Block(name, tower, module, inputs, calls[number], self))
                     if number + 1 < len(calls):
-                        for place, output in enumerate(block.outputs()):
-                            inputs[place] = output.to(self.storage)  # the block's own list: it has no more use for it
+                        self.ranks.agree(block.pass_on)
                 done += len(calls)
                 if done < len(names):
                     log.info("%s takes other inputs than %s gives: they are caught anew", names[done], names[done - 1])

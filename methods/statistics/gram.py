@@ -72,6 +72,11 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often it was written into; 0 where that is not counted, in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def token_shares(importance: Tensor, mask: Tensor | None = None) -> Tensor:
     """Weights of tokens that sum to the number of real tokens in every example, as RSQ takes them (arXiv 2503.01820).
 
@@ -185,7 +190,7 @@ class GramStatistics(Statistic):
         sharing: dict[str, set[str]] = {}
         for name, owner in self.owner.items():
             sharing.setdefault(owner, set()).add(name)
-        latest: dict[str, tuple[Tensor, set[str]]] = {}  # inputs that not all that share them have shown yet
+        latest: dict[str, tuple[Tensor, int, set[str]]] = {}  # inputs that not all that share them have shown yet
         calls: Counter[str] = Counter()
 
         def take(name: str, x: Tensor) -> None:
@@ -193,15 +198,15 @@ class GramStatistics(Statistic):
             if name in self.tables and calls[name] % 2 == 0:
                 return
             owner = self.owner[name]
-            if owner in latest and name in latest[owner][1]:
-                known, waiting = latest[owner]
-                if x is not known and not torch.equal(x, known):
+            if owner in latest and name in latest[owner][2]:
+                known, version, waiting = latest[owner]
+                if version_of(known) != version or (x is not known and not torch.equal(x, known)):
                     raise ValueError(f"{name} and {owner} share no input: their values differ; mend shared")
                 waiting.discard(name)
             else:
                 self.update(name, x, for_layer(mask, name), for_layer(weights, name))
-                latest[owner] = (x, sharing[owner] - {name})
-            if not latest[owner][1]:
+                latest[owner] = (x, version_of(x), sharing[owner] - {name})
+            if not latest[owner][2]:
                 del latest[owner]
 
         hooks = [

@@ -311,3 +311,43 @@ def test_a_layer_that_is_called_twice_is_measured_twice():
     x = torch.cat([row.flatten(0, 1) for row in rows])
     x = torch.cat([x, model[0].inner(x)])
     torch.testing.assert_close(found, x.T @ x / len(x), **TOLERANCE)
+
+
+def test_layers_that_are_called_more_often_by_longer_batches_are_measured_throughout():
+    class Chunks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return torch.cat([self.inner(part) for part in x.split(3, 1)], 1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Chunks(), Chunks()).double().eval()
+    rows = [torch.randn(2, length, 4).double() for length in (3, 7, 3)]
+    block = next(iter(LayerWalk(model, ModelSpec((Tower("text", r"\d+", 2, 4),)), rows, model)))
+    found = block.grams(block.input_groups(block.linears())).means()["0.inner"]
+    x = torch.cat([row.flatten(0, 1) for row in rows])
+    torch.testing.assert_close(found, x.T @ x / len(x), **TOLERANCE)
+
+
+def test_an_input_that_was_written_into_is_another_one():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            h = x * 2
+            y = self.first(h)
+            return y + self.second(h.relu_())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Written(), Written()).double().eval()
+    rows = [torch.randn(2, 3, 4).double()]
+    block = next(iter(LayerWalk(model, ModelSpec((Tower("text", r"\d+", 2, 4),)), rows, model)))
+    groups = block.input_groups(block.linears())
+    assert groups == [["0.first"], ["0.second"]]
+    found = block.grams(groups).means()["0.second"]
+    x = (rows[0].flatten(0, 1) * 2).relu()
+    torch.testing.assert_close(found, x.T @ x / len(x), **TOLERANCE)
