@@ -63,7 +63,7 @@ class Ranks:
         value, error = None, None
         try:
             value = work()
-        except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as caught:
+        except Exception as caught:  # of any kind: the others wait for this rank, and would wait for ever
             error = caught
         stored = CheckpointError if isinstance(error, CheckpointError) else RuntimeError
         errors = self.gather(None if error is None else (stored, f"{type(error).__name__}: {error}"))

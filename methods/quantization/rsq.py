@@ -12,7 +12,7 @@ B examples, S tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -103,12 +103,15 @@ class TokenImportance:
         Raises:
             ValueError: the kind cannot be measured on this block, by name.
         """
-        own, foreign = readers(block)
-        try:
-            masks = masks_of(block, own)
-            found = [self.weights(*each) for each in zip(self._importance(block, masks, foreign), masks)]
-        except ValueError as error:
-            raise ValueError(f"{block.name}: {error}") from error
+        own, foreign = agreed(block, lambda: readers(block))
+        masks = agreed(block, lambda: masks_of(block, own))
+        if self.kind == "centroids":
+            raw = self._centroids(block, masks)
+        elif self.kind == "frequency":
+            raw = self._frequency(block, masks)
+        else:
+            raw = agreed(block, lambda: self._importance(block, masks, foreign))
+        found = agreed(block, lambda: [self.weights(*each) for each in zip(raw, masks)])
         return [dict.fromkeys(own, weights) for weights in found] if foreign else found
 
     def weights(self, importance: Tensor, mask: Tensor | None) -> Tensor:
@@ -129,11 +132,9 @@ class TokenImportance:
         return token_shares(importance, mask)
 
     def _importance(self, block: Block, masks: list[Tensor | None], foreign: list[str]) -> list[Tensor]:
-        """Raw importance (B, S) of every batch."""
+        """Raw importance (B, S) of every batch, of kinds that each process measures on its own."""
         if self.kind == "attention":
             return attention_of(block, masks, foreign)
-        if self.kind == "frequency":
-            return self._frequency(block, masks)
         xs = [x.flatten(1, -2) for x in block.inputs]
         if self.kind == "norm":
             return [norm_importance(x) for x in xs]
@@ -143,23 +144,22 @@ class TokenImportance:
             return [similarity_importance(x, mask) for x, mask in zip(xs, masks)]
         if self.kind == "dot":
             return [dot_importance(x, mask) for x, mask in zip(xs, masks)]
-        if self.kind == "centroids":
-            return self._centroids(block, xs, masks)
         return [chunk_importance(self.chunks, *x.shape[:2]).to(x.device) for x in xs]
 
-    def _centroids(self, block: Block, xs: list[Tensor], masks: list[Tensor | None]) -> list[Tensor]:
+    def _centroids(self, block: Block, masks: list[Tensor | None]) -> list[Tensor]:
         """Distance to the nearest centroid. Every rank holds the tokens of all."""
-        rows = [x.flatten(0, 1) if mask is None else x[mask != 0] for x, mask in zip(xs, masks)]
+        xs = [x.flatten(1, -2) for x in block.inputs]
+        rows = agreed(block, lambda: [x.flatten(0, 1) if mask is None else x[mask != 0] for x, mask in zip(xs, masks)])
         numbered = {place * block.walk.ranks.size + block.walk.ranks.rank: each for place, each in enumerate(rows)}
         everything = {number: each for part in block.walk.ranks.gather(numbered) for number, each in part.items()}
         together = torch.cat([everything[number] for number in sorted(everything)])
-        centroids = kmeans(together, self.num_centroids, seed=self.seed)
+        centroids = agreed(block, lambda: kmeans(together, self.num_centroids, seed=self.seed))
         return [centroid_importance(x, centroids) for x in xs]
 
     def _frequency(self, block: Block, masks: list[Tensor | None]) -> list[Tensor]:
         """Rareness of every token among the calibration data of all ranks."""
         ranks = block.walk.ranks
-        batches = ranks.agree(lambda: [token_ids(batch, self.ids).cpu() for batch in block.walk.batches])
+        batches = agreed(block, lambda: ids_of(block, self.ids))
         vocabulary = max(ranks.gather(max((int(ids.max()) + 1 for ids in batches), default=1)))
         real = [torch.ones_like(ids) if mask is None else mask.cpu() for ids, mask in zip(batches, masks)]
         counts = ranks.total(token_counts(batches, vocabulary, real))
@@ -205,6 +205,44 @@ def masks_of(block: Block, layers: Sequence[str]) -> list[Tensor | None]:
     return found
 
 
+def agreed(block: Block, work: Callable[[], Any]) -> Any:
+    """`Ranks.agree` on ``work``, whose ValueErrors name the block."""
+
+    def named() -> Any:
+        try:
+            return work()
+        except ValueError as error:
+            raise ValueError(f"{block.name}: {error}") from error
+
+    return block.walk.ranks.agree(named)
+
+
+def ids_of(block: Block, name: str) -> list[Tensor]:
+    """(B, S) the ids of the tokens that a block works on, of every batch, on the CPU.
+
+    Args:
+        block: of the walk.
+        name: of the entry of a batch that holds them, where it is a dict.
+
+    Raises:
+        ValueError: the block's tower reads others.
+    """
+    tower = block.tower
+    if tower.memory is not None:
+        raise ValueError(
+            f"tower {tower.name!r} reads other tokens than {tower.memory!r}, and kind 'frequency' counts those alone: "
+            f"choose another kind of importance, or set towers to leave {tower.name!r} out"
+        )
+    found = [token_ids(batch, name).cpu() for batch in block.walk.batches]
+    for ids, x in zip(found, block.inputs):
+        if ids.numel() * x.shape[-1] != x.numel():
+            raise ValueError(
+                f"token ids {name!r} of {tuple(ids.shape)} are not those of tower {tower.name!r} with hidden states of "
+                f"{tuple(x.shape)}: choose another kind of importance than 'frequency', or set towers to leave it out"
+            )
+    return found
+
+
 def token_ids(batch: Any, name: str) -> Tensor:
     """(B, S) the token ids of a batch: itself, or its entry ``name``.
 
@@ -213,5 +251,8 @@ def token_ids(batch: Any, name: str) -> Tensor:
     """
     ids = batch.get(name) if isinstance(batch, Mapping) else batch
     if not isinstance(ids, Tensor) or ids.is_floating_point():
-        raise ValueError(f"a batch holds no token ids under {name!r}: set ids to the entry that does")
+        raise ValueError(
+            f"a batch holds no token ids under {name!r}: set ids to the entry that does, or choose another kind of "
+            "importance than 'frequency'"
+        )
     return ids

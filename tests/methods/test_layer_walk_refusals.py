@@ -78,3 +78,15 @@ def test_an_error_on_one_rank_ends_all(on_ranks, chain):
     good, bad = on_ranks(2, walk)
     assert "rank 1 failed: ValueError: blocks.0.out: a mask of (2, 3) does not fit" in str(good)
     assert isinstance(bad, ValueError)
+
+
+def test_an_error_between_blocks_on_one_rank_ends_all(on_ranks, chain):
+    def walk(ranks):
+        model, rows, _ = chain()
+        for block in LayerWalk(model, SPEC, rows, model, ranks=ranks):
+            if ranks.rank:
+                block.module.forward = lambda *_, **__: {}["hidden"]
+
+    good, bad = on_ranks(2, walk)
+    assert str(good) == "rank 1 failed: KeyError: 'hidden'"
+    assert isinstance(bad, KeyError)

@@ -19,17 +19,18 @@ def test_all_ranks_know_what_all_return(on_ranks):
     assert ALONE.together(lambda: 7) == [7]
 
 
-def test_where_one_rank_fails_all_raise(on_ranks):
+@pytest.mark.parametrize("kind", [ValueError, AttributeError, ImportError, StopIteration, AssertionError])
+def test_where_one_rank_fails_all_raise(kind, on_ranks):
     def work(ranks):
         def fails():
             if ranks.rank == 1:
-                raise ValueError("no such thing")
+                raise kind("no such thing")
             return ranks.rank
 
         ranks.agree(fails)
 
     first, second = on_ranks(2, work)
-    assert isinstance(second, ValueError)
-    assert "rank 1 failed: ValueError: no such thing" in str(first)
+    assert isinstance(second, kind)
+    assert f"rank 1 failed: {kind.__name__}: no such thing" in str(first)
     with pytest.raises(ZeroDivisionError):
         ALONE.agree(lambda: 1 / 0)

@@ -174,6 +174,12 @@ def test_what_is_refused_by_name(language_models):
     with pytest.raises(ValueError, match="no token ids under 'input_ids': set ids"):
         TokenImportance("frequency")(next(iter(walk)))
     assert len(TokenImportance("frequency", ids="tokens")(next(iter(walk)))) == 2
+    walk.batches = [{"tokens": batch["tokens"], "short": batch["tokens"][:, :4]} for batch in walk.batches]
+    with pytest.raises(ValueError, match=r"'short' of \(2, 4\) are not those of tower 'text' with .* \(2, 6, 8\)"):
+        TokenImportance("frequency", ids="short")(next(iter(walk)))
+    *_, decoder = walk_of(*language_models["t5"], "t5")
+    with pytest.raises(ValueError, match=r"decoder\.block\.1: tower 'decoder' reads other tokens than 'encoder'"):
+        TokenImportance("frequency")(decoder)
     for wrong, options in (
         ("kind='size'", {"kind": "size"}),
         ("chunks=None", {"kind": "chunks"}),
@@ -217,3 +223,19 @@ def test_attention_of_modules_outside_any_library():
         q, k, _ = block.module.qkv(x).chunk(3, -1)
         mass = (q @ k.mT / 2).softmax(-1).sum(1).detach()
         torch.testing.assert_close(TokenImportance()(block)[0], token_shares(token_weights(mass)))
+
+
+@pytest.mark.parametrize("kind", ["norm", "change", "frequency", "centroids"])
+def test_what_fails_on_one_rank_is_told_to_all(kind, language_models, on_ranks):
+    model, spec = language_models["llama"]
+
+    def work(ranks):
+        batches = [torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(ranks.rank))]
+        walk = walk_of(copy.deepcopy(model), spec, "llama", ranks=ranks, batches=batches)
+        if ranks.rank:
+            walk.masks = lambda batch, names: dict.fromkeys(names, torch.ones(2, 5))
+        return TokenImportance(kind, num_centroids=3)(next(iter(walk)))
+
+    first, second = on_ranks(2, work)
+    assert "rank 1 failed: ValueError: model.layers.0: a mask of (2, 5) does not fit" in str(first)
+    assert str(second).startswith("model.layers.0: a mask of (2, 5)")
