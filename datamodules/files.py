@@ -23,38 +23,45 @@ class Folder(type(Path())):
 register_type(Folder, lambda path: str(path.absolute()), Folder)
 
 
+BELOW_ROOT = "it is looked for below --data.root"
+
+
 def require_root(root: Path) -> None:
     """Raise `DataError` where the folder of the data is not there, with the option that names it."""
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; the data are looked for there, set --data.root")
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank.
+def read_jsonl(path: Path, place: str = BELOW_ROOT) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line that is not blank; see `read_text`.
 
     Raises:
         DataError: missing or unreadable file, not UTF-8, a line that is no JSON object.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, place).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON that can be read: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
         yield number, row
 
 
-def read_text(path: Path) -> str:
-    """The file as text. Raises `DataError` where it is missing, unreadable or not UTF-8 (naming the line)."""
+def read_text(path: Path, place: str = BELOW_ROOT) -> str:
+    """The file as text, its line ends as they are; ``place`` says which option names it.
+
+    Raises:
+        DataError: it is missing, unreadable or not UTF-8 (naming the line).
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the file: {error.strerror}; it is looked for below --data.root"
-        ) from error
+        raise DataError(f"{path}: cannot read the file: {error.strerror}; {place}") from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

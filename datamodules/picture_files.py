@@ -18,9 +18,11 @@ def drawn_pictures(folder: Path, count: int, seed: int) -> list[Picture]:
     """``count`` pictures below ``folder``, drawn without replacement; the same for the same files and seed.
 
     Raises:
-        DataError: there are fewer.
+        DataError: there is no such folder, or there are fewer.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; --pictures names one with pictures")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     return [Picture(path) for path in drawn(paths, count, seed, f"{folder} holds {len(paths)} pictures")]
 
 

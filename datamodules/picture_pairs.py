@@ -10,6 +10,8 @@ from fulgurite.datamodules.picture_files import drawn
 from fulgurite.samples.errors import DataError
 from fulgurite.samples.picture import Picture
 
+NAMED = "--pairs names JSON lines with 'image' and 'text'"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -32,9 +34,7 @@ def read_pairs(path: Path) -> list[Pair]:
     Raises:
         DataError: there is no such file, or a line has no path or no caption, or no picture lies there.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --pairs names JSON lines with 'image' and 'text'")
-    return [pair(path, f"{path}, line {number}", row) for number, row in read_jsonl(path)]
+    return [pair(path, f"{path}, line {number}", row) for number, row in read_jsonl(path, NAMED)]
 
 
 def pair(path: Path, where: str, row: dict[str, object]) -> Pair:

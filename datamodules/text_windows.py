@@ -6,7 +6,6 @@ RSQ take of the same tokens with the same seed; scoring takes all, one after the
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,9 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fulgurite.datamodules.files import read_jsonl, read_text
 from fulgurite.samples.errors import DataError
 
 BETWEEN = "\n\n"
+NAMED = "--text and --evaluate name it"
 
 
 def read_texts(path: Path) -> list[str]:
@@ -25,21 +26,11 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         DataError: it cannot be read, or a line has no such field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot read the text: {error}") from error
     if path.suffix != ".jsonl":
-        return [text]
+        return [read_text(path, NAMED)]
     texts = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: no JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    for number, row in read_jsonl(path, NAMED):
+        if not isinstance(row.get("text"), str):
             raise DataError(f"{path}, line {number}: expected an object with a field 'text' of text")
         texts.append(row["text"])
     return texts

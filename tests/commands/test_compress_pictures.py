@@ -68,8 +68,11 @@ def test_too_few_pictures_and_the_wrong_data_are_one_message(image_models, pictu
         assert main(["prune", str(model), *wanda, *argv, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
         assert message in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+    (tmp_path / "vit" / "folder.jpg").mkdir()
     with pytest.raises(DataError, match="holds 0 pictures"):
         drawn_pictures(tmp_path / "vit", 1, 0)
+    with pytest.raises(DataError, match="missing: no such folder; --pictures"):
+        drawn_pictures(tmp_path / "missing", 1, 0)
 
 
 def test_pictures_are_drawn_without_replacement(pictures):

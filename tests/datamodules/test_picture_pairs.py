@@ -43,7 +43,7 @@ def test_a_bad_line_is_one_message_with_its_number(file, tmp_path):
         file.write_text(f"{good}\n{line}\n")
         with pytest.raises(DataError, match=f"line 2.*{re.escape(message)}"):
             drawn_pairs(file, 1, 0)
-    with pytest.raises(DataError, match="no such file; --pairs"):
+    with pytest.raises(DataError, match="No such file or directory; --pairs"):
         read_pairs(tmp_path / "missing.jsonl")
     file.write_text(good)
     with pytest.raises(DataError, match="holds 1 pairs, and 2 are wanted"):

@@ -1,5 +1,6 @@
 """Windows of text: the joined tokens, places that are those of the published code, and what is refused."""
 
+import json
 import random
 
 import pytest
@@ -20,6 +21,12 @@ def test_texts_are_joined_and_tokenized_once(tmp_path):
     ids = token_ids([tmp_path / "a.txt", tmp_path / "b.jsonl"], lambda text: seen.append(text) or codes(text))
     assert seen == ["one\ntwo\n\nthree\n\nfour"]
     assert ids.tolist() == codes(seen[0])
+
+
+def test_what_ends_a_line_elsewhere_ends_none_of_json(tmp_path):
+    texts = ["a\u2028b", "c\x85d\x0ce"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in texts))
+    assert read_texts(tmp_path / "rows.jsonl") == texts
 
 
 def test_random_windows_are_those_of_gptq():
@@ -44,12 +51,17 @@ def test_what_is_too_short_or_no_text_is_refused(tmp_path):
         random_windows(torch.arange(7), 1, 7, 0)
     with pytest.raises(DataError, match="too few for a window of 5"):
         consecutive_windows(torch.arange(4), 5)
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match=r"cannot read.*; --text and --evaluate name it"):
         read_texts(tmp_path / "missing.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfd")
-    with pytest.raises(DataError, match="cannot read"):
+    with pytest.raises(DataError, match="not UTF-8"):
         read_texts(tmp_path / "binary.txt")
-    for line, message in (("{", "no JSON"), ("[]", "field 'text'"), ('{"text": 1}', "field 'text'")):
+    for line, message in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "an object"),
+        ('{"text": 1}', "field 'text'"),
+    ):
         (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n{line}\n')
         with pytest.raises(DataError, match=f"line 2.*{message}"):
             read_texts(tmp_path / "rows.jsonl")
