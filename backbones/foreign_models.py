@@ -20,6 +20,7 @@ from fulgurite.checkpoints.foreign import companions, copy_files
 from fulgurite.checkpoints.tensorfile import write_tensors
 
 CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+QUANTIZED = "quantization_config"  # in the configuration of a model of transformers, where it is
 WEIGHTS = {"timm": "model.safetensors", "open_clip": "open_clip_model.safetensors"}
 
 

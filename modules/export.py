@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.backbones.compressed_models import load_model
-from fulgurite.backbones.foreign_models import library_of, model_of
+from fulgurite.backbones.foreign_models import CONFIG, QUANTIZED, library_of, model_of, read_config
 from fulgurite.backbones.fresh import TOLERANCE
 from fulgurite.backbones.parts import Part
 from fulgurite.backbones.probe import probe
@@ -80,7 +80,7 @@ class Prepared:
 def prepare_files(
     source: Source, to: Target, like: Path | None, architecture: str | None, inputs: StateDict | None = None
 ) -> Prepared:
-    """An export of a model that lies in files, such as the merge of two Hugging Face folders, or a quantized one.
+    """An export of a model that lies in files: the merge of two Hugging Face folders, or one quantized in our layout.
 
     Args:
         source: its tensors, named as in the library's files.
@@ -90,7 +90,8 @@ def prepare_files(
         inputs: of the forward pass that is compared; drawn where None.
 
     Raises:
-        RefusedError: the files are another library's, or of a model that is none of its library's any more.
+        RefusedError: the files are another library's, or packed as transformers loads them with another package, or of
+            a model that is none of its library's any more.
         MissingError: nothing says how the model is built.
         MismatchError: the tensors are not those of the model.
     """
@@ -103,6 +104,11 @@ def prepare_files(
         raise RefusedError(f"--like {like}: no config.json or open_clip_config.json of a known library lies in it")
     if found not in (None, to):
         raise RefusedError(f"{like} is a model of {found}, and is not converted to {to}: use --to {found}")
+    if found == "hf" and QUANTIZED in read_config(like / CONFIG):
+        raise RefusedError(
+            f"{like} is quantized, which transformers loads as it is: load it by transformers itself, or quantize with "
+            "--format own and export that, as a dense model"
+        )
     if like is not None and architecture is not None:
         raise RefusedError(f"--architecture {architecture}: {like} says already what the model is; leave it out")
     model, facts = model_in(source, to, like, architecture)

@@ -1,5 +1,8 @@
 """``export`` of what ``quantize --format own`` has written: the dense model that its library loads."""
 
+import json
+import shutil
+
 import torch
 import transformers
 
@@ -90,7 +93,12 @@ def test_of_rotated_models_those_that_the_library_computes(llamas, tmp_path, in_
 
 
 def test_wrong_options_are_one_message(llamas, tmp_path, in_process, capfd):
-    source = quantized(llamas / "llama", tmp_path / "three")
+    source, packed = quantized(llamas / "llama", tmp_path / "three"), tmp_path / "packed"
+    shutil.copytree(llamas / "llama", packed)
+    config = json.loads((packed / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    assert main(["export", str(packed), "--to", "hf", "--out", str(tmp_path / "no")]) == 2
+    assert "load it by transformers itself" in capfd.readouterr().err
     for message, argv in {
         "not converted to timm": ("--to", "timm"),
         "no adapter set": ("--to", "peft"),
