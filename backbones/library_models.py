@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from fulgurite.backbones.dual_encoders import (
     pair_loss,
     tokenizer_of,
 )
-from fulgurite.backbones.foreign_models import CONFIG, library_of, model_of, read_config
+from fulgurite.backbones.foreign_models import CONFIG, OPEN_CLIP_CONFIG, QUANTIZED, library_of, model_of, read_config
 from fulgurite.backbones.specs import spec_of
 from fulgurite.checkpoints import MissingError, RefusedError
 from fulgurite.checkpoints.sources import Source
@@ -34,7 +34,7 @@ from fulgurite.methods.structure import ModelSpec
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROCESSOR = "preprocessor_config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of an image processor alone, of a whole processor
 COUNT_FROM_PADDING = ("roberta", "xlm-roberta")  # whose first position is the one behind that of padding
 MASKS = "masks.safetensors"  # of a pruned model, beside weights that its library reads
 
@@ -49,6 +49,7 @@ class LibraryModel:
         spec: where its blocks are.
         folder: with its configuration, tokenizer and processor.
         masks: (out, in) bool, by name of the tensor, of what was pruned before.
+        pruned: facts of those tensors, as `methods.quantization.storage` has them.
     """
 
     library: str
@@ -56,6 +57,12 @@ class LibraryModel:
     spec: ModelSpec
     folder: Path
     masks: dict[str, Tensor]
+    pruned: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What its library builds it by."""
+        return read_config(self.folder / (OPEN_CLIP_CONFIG if self.library == "open_clip" else CONFIG))
 
     @property
     def reads(self) -> str:
@@ -116,8 +123,8 @@ class LibraryModel:
             return {"image": torch.stack([prepare(picture) for picture in pictures])}
         from transformers import AutoImageProcessor
 
-        if not (self.folder / PROCESSOR).is_file():
-            raise MissingError(f"{self.folder} has no {PROCESSOR}, which says how pictures are prepared")
+        if not any((self.folder / name).is_file() for name in PROCESSORS):
+            raise MissingError(f"{self.folder} has no {' or '.join(PROCESSORS)}, which says how pictures are prepared")
         prepare = AutoImageProcessor.from_pretrained(self.folder)
         return {"pixel_values": prepare(images=list(pictures), return_tensors="pt")["pixel_values"]}
 
@@ -197,13 +204,13 @@ def open_library_model(source: Source, like: Path | None = None) -> LibraryModel
         )
     facts = {} if source.manifest is None else source.manifest.facts.get(COMPRESSED, {})
     config = read_config(folder / CONFIG) if library == "hf" else {}
-    if "quantization_config" in config or any(about["bits"] is not None for about in facts.values()):
+    if QUANTIZED in config or any(about["bits"] is not None for about in facts.values()):
         raise RefusedError(f"{source.path} is quantized already: take the model that it was made from")
     if source.manifest is not None and ROTATION in source.manifest.facts:
         raise RefusedError(f"{source.path} is rotated already: take the model that it was made from")
     model = model_of(library, source.tensors, folder, None)
     masks = masks_of(map_file(source.path / MASKS), facts) if facts else {}
-    return LibraryModel(library, model, spec_of(model), folder, masks)
+    return LibraryModel(library, model, spec_of(model), folder, masks, facts)
 
 
 def other_linears(model: nn.Module, layers: Sequence[str]) -> list[str]:

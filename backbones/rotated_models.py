@@ -6,6 +6,7 @@ time or lost its norms' parameters is rebuilt from the record of the rotation.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fulgurite.methods.quantization.rotation import Rotate
 from fulgurite.methods.quantization.rotation_record import RotationRecord, named_as_before, restore
 
 TIED = "tie_word_embeddings"
+OPTION = re.compile(r"\b(heads|feed_forward|fallback)='?(\w+)'?")
 
 
 def require_rotatable(opened: LibraryModel, rotation: Rotate, path: Path, stored: Stored) -> None:
@@ -48,9 +50,15 @@ def require_rotatable(opened: LibraryModel, rotation: Rotate, path: Path, stored
     try:
         plan = rotation.plan(opened.model, opened.spec)
     except ValueError as error:
-        raise ValueError(f"--rotation: {kind} of {path}: {error}") from error
+        raise ValueError(f"--rotation: {kind} of {path}: {OPTION.sub(as_typed, str(error))}") from error
     if stored != "own":
         require_of_library(opened.model, plan)
+
+
+def as_typed(option: re.Match[str]) -> str:
+    """An argument of `Rotate` as it is given to a command."""
+    name, value = option.groups()
+    return f"--rotation.{name} {value.lower()}"
 
 
 def require_of_library(model: Any, plan: RotationRecord) -> None:

@@ -13,9 +13,14 @@ from torch.nn import functional as F
 Scored = Callable[[Any], tuple[Tensor, Tensor]]
 
 
-@torch.no_grad()
 def perplexity(scored: Scored, batches: Iterable[Any]) -> float:
-    """exp(sum of all tokens' negative log-likelihoods / their number), summed in float64.
+    """The first of what `perplexity_and_count` gives."""
+    return perplexity_and_count(scored, batches)[0]
+
+
+@torch.no_grad()
+def perplexity_and_count(scored: Scored, batches: Iterable[Any]) -> tuple[float, int]:
+    """exp(sum of all tokens' negative log-likelihoods / their number), summed in float64, and that number.
 
     Args:
         scored: of a batch, logits (B, T, V) and the tokens (B, T) that they should have predicted.
@@ -33,4 +38,4 @@ def perplexity(scored: Scored, batches: Iterable[Any]) -> float:
     if not count:
         raise ValueError("there is no token to score")
     mean = total / count
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(mean) if mean < 700 else math.inf, count

@@ -97,7 +97,9 @@ def save_tokenizer(folder):
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing("<bos> $A <eos>", None, [("<bos>", 1), ("<eos>", 3)])
     special = {f"{name}_token": f"<{name}>" for name in ("pad", "bos", "unk", "eos")}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    whole.save_pretrained(folder)
+    return whole
 
 
 def make_transformers(root):
@@ -115,8 +117,11 @@ def make_transformers(root):
         folder = root / name.lower()
         model.save_pretrained(folder)
         getattr(transformers, f"{name}ImageProcessor")(size=size, do_center_crop=False).save_pretrained(folder)
-    save_tokenizer(root / "clip")
     save_tokenizer(root / "siglip")
+    # A whole processor of one file, as CLIP's own folders have it.
+    images = transformers.AutoImageProcessor.from_pretrained(root / "clip")
+    (root / "clip" / "preprocessor_config.json").unlink()
+    transformers.CLIPProcessor(images, save_tokenizer(root / "clip")).save_pretrained(root / "clip")
 
 
 def make_open_clip(folder):

@@ -242,7 +242,7 @@ def test_what_cannot_be_rotated_is_one_message_before_any_work(folders, few, tmp
         "ties in every T5ForConditionalGeneration: give --format own": ("t5", *MERGED),
         "BertLMHeadModel of": ("bert", *online, *own),
         "rotated are language models whose blocks start with norms, gpt2, llama": ("bert", *online, *own),
-        "choose heads='none'": ("gpt2", *online, *own),
+        "choose --rotation.heads none": ("gpt2", *online, *own),
         "is pruned, and rotated weights are no longer 0": (pruned, *online, *own),
         "expected one of none, merged, online": ("tied", *online, "--rotation.heads", "all"),
         "copies=17: expected 1 to 16": ("tied", "--rolled_copies", "17"),
