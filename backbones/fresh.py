@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from fulgurite.backbones import reload
 from fulgurite.backbones.reload import Comparison, Stored
-from fulgurite.checkpoints import MismatchError
+from fulgurite.checkpoints import CheckpointError, MismatchError
 
 TOLERANCE = 1e-4  # relative; float32 kernels of another process round alike up to a few 1e-6
 TIMEOUT_S = 1800
+
+
+class DifferenceError(MismatchError):
+    """What was written was loaded, and is another model than the live one."""
 
 
 def compare_fresh(
@@ -42,6 +46,7 @@ def compare_fresh(
 
     Raises:
         MismatchError: the library cannot load the folder; the text ends with what it says.
+        CheckpointError: the process was ended, or took too long, so that nothing is known.
     """
     request = {"library": library, "folder": str(folder), "model_class": model_class, "base": base, "stored": stored}
     tensors = {f"input.{n}": t.contiguous() for n, t in inputs.items()}
@@ -56,7 +61,12 @@ def compare_fresh(
             timeout=TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise MismatchError(f"{library} did not load {folder} within {TIMEOUT_S} s in a fresh process") from error
+        raise CheckpointError(f"{library} did not load {folder} within {TIMEOUT_S} s in a fresh process") from error
+    if done.returncode < 0:
+        raise CheckpointError(
+            f"the fresh process that loads what was written by {library} was ended by signal {-done.returncode}, which "
+            "is 9 where memory runs out: call again when there is more"
+        )
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()[-1000:]
         raise MismatchError(f"{library} cannot load what was written, exit code {done.returncode}: {said}")
@@ -66,7 +76,7 @@ def compare_fresh(
 def require_same(
     found: Comparison, model: nn.Module | None, tokens: Sequence[int] | None, tolerance: float = TOLERANCE
 ) -> None:
-    """Raise `MismatchError` with all that differs from the live model.
+    """Raise `DifferenceError` with all that differs from the live model.
 
     Args:
         found: by the fresh process.
@@ -93,7 +103,7 @@ def require_same(
         lines += [f"tensor {name}: other values" for name in names if digests.get(name) != found.digests.get(name)]
     if lines:
         shown = "\n  ".join(lines[:20])
-        raise MismatchError(
+        raise DifferenceError(
             f"what was written is not the model, {len(lines)} differences in a fresh process; nothing was kept:\n"
             f"  {shown}"
         )

@@ -22,6 +22,11 @@ from fulgurite.methods.pruning.iterative import Iterative
 from fulgurite.methods.quantization.storage import COMPRESSED
 
 
+def needs_loss(pruner: Pruner | Iterative, allocation: Ecoflap | None) -> bool:
+    """Whether the whole model is scored on data before."""
+    return allocation is not None or (isinstance(pruner, Iterative) and pruner.score == "gradient")
+
+
 class PruneAtCheckpoint(CompressAtCheckpoint):
     """Prunes the linear layers of a module's blocks; see `CompressAtCheckpoint`. Quantize after it, not before.
 
@@ -50,8 +55,7 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         allocation: Ecoflap | None = None,
     ) -> None:
         in_rounds = isinstance(pruner, Iterative)
-        scored = allocation is not None or (in_rounds and pruner.score == "gradient")
-        super().__init__(pruner, layers, towers, calibration, name, scored)
+        super().__init__(pruner, layers, towers, calibration, name, scored=needs_loss(pruner, allocation))
         if allocation is not None and in_rounds:
             raise ValueError(
                 "allocation gives every layer its sparsity, and Iterative ranks all together: leave it out"

@@ -11,7 +11,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from fulgurite.backbones.library_models import LibraryModel
 from fulgurite.checkpoints import digest_of_json, digest_of_tensor
-from fulgurite.commands.compress import DEFAULT_LENGTH
 from fulgurite.commands.errors import ConfigError
 from fulgurite.datamodules.picture_files import drawn_pictures
 from fulgurite.datamodules.picture_pairs import drawn_pairs
@@ -30,16 +29,12 @@ Batches = list[dict[str, Tensor]]
 def calibration(opened: LibraryModel, options: Any) -> tuple[Batches, dict[str, Any]]:
     """Batches, and what they are; none without data."""
     copies = options.get("rolled_copies", 1)
-    if copies != 1 and options.text is None:
-        raise ConfigError(f"--rolled_copies {copies}: windows of text are rolled, and there is no --text; leave it out")
     count, seed, size = options.samples, options.seed, options.batch_size or AT_ONCE
     if options.pictures is not None:
         pictures = drawn_pictures(Path(options.pictures), count, seed)
         batches = [opened.picture_inputs(images(pictures[at : at + size])) for at in range(0, count, size)]
         return batches, {"of": "pictures", "samples": count, "seed": seed, **facts_of(batches, size)}
     if options.pairs is not None:
-        if options.length != DEFAULT_LENGTH:
-            raise ConfigError(f"--length {options.length}: captions have the model's own context length; leave it out")
         pairs = drawn_pairs(Path(options.pairs), count, seed)
         parts = [pairs[at : at + size] for at in range(0, count, size)]
         batches = [

@@ -6,7 +6,8 @@ calibrated with its run's own training data, and becomes what the step of the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from fulgurite.commands.options import with_flags
 if TYPE_CHECKING:
     from fulgurite.callbacks.compress_data import CalibrationSamples
     from fulgurite.callbacks.compress_step import CompressAtCheckpoint
+    from fulgurite.callbacks.steps import Context
 
 Allow = tuple[str, ...]
 FLAGS = ("--dry_run", "--report")
@@ -32,6 +34,18 @@ OF_WINDOWS = ("length", "evaluate", "evaluate_samples")
 OF_ROTATION = ("rotation", "rolled_copies")
 OF_FILES = (*DATA, "batch_size", *OF_WINDOWS, "format", "like", "max_shard_size", "report", *OF_ROTATION)
 DEFAULT_LENGTH, DEFAULT_SHARDS, DEFAULT_FORMAT = 2048, "50GB", "compressed-tensors"
+# Of options that are not None where they are not given.
+DEFAULTS = {
+    "samples": SAMPLES,
+    "seed": 0,
+    "length": DEFAULT_LENGTH,
+    "max_shard_size": DEFAULT_SHARDS,
+    "format": DEFAULT_FORMAT,
+    "report": False,
+    "rolled_copies": 1,
+}
+ACTS_ON = {"evaluate_samples": ("evaluate",), "length": ("text", "evaluate"), "rolled_copies": ("text",)}
+OF_MEASURING = ("samples", "seed", "batch_size", "record")
 
 
 def run(
@@ -49,7 +63,7 @@ def run(
         step_of: the step that a fit would take, of the options and of whether text is given; raises `ConfigError`.
 
     Raises:
-        ConfigError: an option is wrong, or does not fit the model.
+        ConfigError, ValueError: an option is wrong, or does not fit the model.
         CheckpointError, DataError: a file is damaged or missing, or the result cannot be written.
     """
     invocation = Invocation.of(verb, with_flags(argv, FLAGS))
@@ -63,10 +77,7 @@ def run(
             raise explain(error, parser, invocation) from error
         with Building(options, invocation) as building:
             built = parser.instantiate(options, instantiators=[(building.through(build), object, True)])
-    try:
-        return compress(verb, step_of, built, invocation.allow)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return compress(verb, step_of, built, invocation.allow)
 
 
 def common_parser(verb: str) -> jsonargparse.ArgumentParser:
@@ -122,7 +133,7 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
     """Do it with whatever the model is."""
     from fulgurite.checkpoints import MANIFEST_NAME, read_manifest
     from fulgurite.checkpoints.atomic import resolve
-    from fulgurite.checkpoints.foreign import require_new
+    from fulgurite.checkpoints.foreign import require_new, require_space
     from fulgurite.commands.runs import checkpoint_at, is_run
 
     out, path = Path(options.out), Path(options.model)
@@ -134,7 +145,9 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
         path = checkpoint_at(options.model, verb)
     if (resolve(path) / MANIFEST_NAME).is_file() and read_manifest(path).settings.get("model"):
         refuse_options_of_files(path, options)
-        return compress_checkpoint(verb, path, step_of(options, True), options, allow)
+        step = step_of(options, True)
+        refuse_idle_options(step, options)
+        return compress_checkpoint(verb, path, step, options, allow)
     from fulgurite.backbones.library_models import open_library_model
     from fulgurite.checkpoints.sources import open_source
     from fulgurite.commands import compress_model
@@ -143,10 +156,12 @@ def compress(verb: str, step_of: Callable[[Any, bool], CompressAtCheckpoint], op
     if options.record is not None:
         raise ConfigError(f"--record {options.record}: {path} is no checkpoint of a run; give --text")
     step = step_of(options, bool(data_given(options)))
+    refuse_idle_options(step, options)
     source = open_source(path)
     opened = open_library_model(source, None if options.like is None else Path(options.like))
     with exposed_attention(opened.model, opened.spec.inside_blocks):
         job = compress_model.prepared(source, opened, step, verb, options)
+        require_space(out, job.rough_size)
         if options.dry_run:
             return compress_model.preview(job, out)
         return compress_model.carry_out(job, out, options.report, options.max_shard_size)
@@ -197,6 +212,7 @@ def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, optio
     data = None if step.calibration is None else data_of(path, options.record, allow, module)
     context = Context(out, builder=lambda _: module, data=data, device=device_named(options.device))
     if options.dry_run:
+        require_possible(module, step, path, context)
         given = "no data" if data is None else f"{options.samples} samples of {type(data).__name__}"
         print(f"{out}: {verb} {path} by {type(step.compressor).__name__}, with {given}")
         return DONE
@@ -206,19 +222,40 @@ def compress_checkpoint(verb: str, path: Path, step: CompressAtCheckpoint, optio
 
 def refuse_options_of_files(path: Path, options: Any) -> None:
     """Raise ConfigError where an option speaks of another library's model."""
-    defaults = {
-        "length": DEFAULT_LENGTH,
-        "max_shard_size": DEFAULT_SHARDS,
-        "report": False,
-        "format": DEFAULT_FORMAT,
-        "rolled_copies": 1,
-    }
-    given = [name for name in OF_FILES if options.get(name, defaults.get(name)) != defaults.get(name)]
-    if given:
+    if given := given_of(OF_FILES, options):
         raise ConfigError(
-            f"{', '.join(f'--{name}' for name in given)}: {path} is a checkpoint of a run, calibrated with "
+            f"{', '.join(given)}: {path} is a checkpoint of a run, calibrated with "
             "its run's own data and evaluated by `fulgurite test --ckpt_path`; leave it out"
         )
+
+
+def refuse_idle_options(step: CompressAtCheckpoint, options: Any) -> None:
+    """Raise ConfigError where an option would change nothing, for lack of what it acts on."""
+    for name, others in ACTS_ON.items():
+        if given_of([name], options) and all(options[other] is None for other in others):
+            wanted = " or ".join(f"--{other}" for other in others)
+            raise ConfigError(f"--{name} {options[name]}: there is no {wanted} that it acts on; leave it out")
+    if step.calibration is None and (given := given_of(OF_MEASURING, options)):
+        raise ConfigError(f"{', '.join(given)}: this method measures nothing on data; leave it out")
+
+
+def given_of(names: Iterable[str], options: Any) -> list[str]:
+    """Those of the options that are not as they are by default, as they are typed."""
+    return [f"--{name}" for name in names if options.get(name, DEFAULTS.get(name)) != DEFAULTS.get(name)]
+
+
+def require_possible(module: Any, step: CompressAtCheckpoint, path: Path, context: Context) -> None:
+    """Refuse what the step would refuse before it measures anything: layers, towers, samples."""
+    from fulgurite.callbacks.compress_data import walk_over
+    from fulgurite.callbacks.compressed_state import tensor_names
+    from fulgurite.methods.compression import matrices
+    from fulgurite.methods.packed_attention import exposed_attention
+
+    if step.calibration is not None:
+        context.calibration(step.calibration.samples, step.calibration.seed)
+    with exposed_attention(module.get_submodule(module.compressible_part), module.blocks_spec().inside_blocks):
+        weights = matrices(walk_over(module, [], context, step.towers), step.layers)
+        step.prepare(copy.copy(step.compressor), tensor_names(module, weights), path)
 
 
 def show_checkpoint(verb: str, out: Path) -> int:

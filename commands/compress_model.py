@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fulgurite.backbones.fresh import DifferenceError
 from fulgurite.backbones.library_models import LibraryModel
 from fulgurite.backbones.rotated_models import require_rotatable, rotate_model
 from fulgurite.callbacks.compress_step import LAYERS, CompressAtCheckpoint
+from fulgurite.callbacks.prune_step import PruneAtCheckpoint, needs_loss
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.callbacks.steps import described
-from fulgurite.checkpoints import Manifest, MismatchError, digest_of_json, digest_of_tensor
+from fulgurite.checkpoints import Manifest, digest_of_json, digest_of_tensor
 from fulgurite.checkpoints.sources import Source
 from fulgurite.checkpoints.store import new_manifest
 from fulgurite.commands.calibration_inputs import calibration, evaluated, inputs_of, require_partners
-from fulgurite.commands.compress import data_given
+from fulgurite.commands.compress import DEFAULT_FORMAT, DEFAULT_SHARDS, data_given
 from fulgurite.commands.compress_output import documents_of, show_layers, show_result
 from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
@@ -31,12 +34,14 @@ from fulgurite.methods.compression import CompressedBlock, Compressor, matrices,
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.papers import papers_of
+from fulgurite.methods.pruning.iterative import Iterative
 from fulgurite.methods.quantization.compressed_tensors import require_fits
+from fulgurite.methods.quantization.grid import UNQUANTIZED_BITS
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.quantization.rotation import Rotate
 from fulgurite.methods.quantization.rotation_record import ROTATION
 from fulgurite.methods.ranks import ALONE
-from fulgurite.metrics.perplexity import perplexity
+from fulgurite.metrics.perplexity import perplexity_and_count
 from fulgurite.modules.compressed_files import weights_of, write
 
 if TYPE_CHECKING:
@@ -83,11 +88,24 @@ class Job:
         return sum(weight.numel() for weight in self.weights.values())
 
     @property
+    def rough_size(self) -> int:
+        """Bytes that the result will take at least, about: scales, kept weights and companions are left out."""
+        size = self.source.num_bytes
+        if self.verb == "prune":
+            return size
+        budget = self.step.budget
+        for name, weight in self.weights.items():
+            bits = self.compressor.bits_of(name) if budget is None else budget.average_bits
+            size -= round(weight.numel() * max(weight.element_size() - bits / 8, 0))
+        return size
+
+    @property
     def fingerprint(self) -> str:
         """Of all that the result depends on to the bit."""
         return digest_of_json(
             {
                 "source": self.source.digest,
+                "configuration": self.opened.configuration,
                 "step": self.step.settings,
                 "data": self.data,
                 "rotation": described(self.rotation),
@@ -107,6 +125,12 @@ def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, v
     device, path = device_named(options.device), source.path
     if opened.masks and verb == "prune":
         raise ConfigError(f"{path} is pruned already: prune the model that it was made from, to the sparsity wanted")
+    if verb == "prune" and (bits := getattr(step.compressor, "bits", UNQUANTIZED_BITS)) < UNQUANTIZED_BITS:
+        raise ConfigError(
+            f"--pruner.bits {bits}: a pruned folder holds dense weights: leave it out, and quantize the folder by "
+            "`fulgurite quantize`, which keeps what is 0"
+        )
+    require_shards(opened, options)
     require_readable(opened, path, step, options)
     rotation: Rotate | None = options.get("rotation")
     if rotation is not None:
@@ -123,15 +147,37 @@ def prepared(source: Source, opened: LibraryModel, step: CompressAtCheckpoint, v
     compressor = copy.copy(step.compressor)
     if isinstance(step, QuantizeAtCheckpoint):
         compressor.keep_zeros(masks)
-        if options.format == "compressed-tensors":
-            require_layout(step, {name: opened.model.get_submodule(name) for name in weights})
-    copy.copy(compressor).begin(weights)
+        if options.format == DEFAULT_FORMAT:
+            require_layout(opened, step, {name: opened.model.get_submodule(name) for name in weights})
+    if not isinstance(compressor, Iterative):  # which is settled on the whole model
+        copy.copy(compressor).begin(weights)
     stored: Stored = "dense" if verb == "prune" else options.format
     return Job(verb, source, opened, step, walk, compressor, weights, masks, stored, data, evaluation, rotation)
 
 
-def require_layout(step: QuantizeAtCheckpoint, layers: Mapping[str, nn.Module]) -> None:
+def require_shards(opened: LibraryModel, options: Any) -> None:
+    """Refuse a size of shards that is none, or where one file is written."""
+    size = options.max_shard_size
+    if size == DEFAULT_SHARDS:
+        return
+    if opened.library != "hf" or options.get("format") == "own":
+        raise ConfigError(f"--max_shard_size {size}: weights are written to one file here; leave it out")
+    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", size, re.IGNORECASE):
+        raise ConfigError(f"--max_shard_size {size}: expected a number and KB, MB, GB or TB, as 5GB")
+
+
+def require_layout(opened: LibraryModel, step: QuantizeAtCheckpoint, layers: Mapping[str, nn.Module]) -> None:
     """Refuse what compressed-tensors has no place for."""
+    if opened.library != "hf":
+        raise ConfigError(
+            f"--format compressed-tensors is what transformers loads, and {type(opened.model).__name__} is a model of "
+            f"{opened.library}: give --format own"
+        )
+    bits = map(step.quantizer.bits_of, layers) if step.budget is None else [step.budget.average_bits]
+    if min(bits) >= UNQUANTIZED_BITS:
+        raise ConfigError(
+            f"bits={UNQUANTIZED_BITS} of all layers: there is nothing to quantize: give fewer, or --format own"
+        )
     require_package()
     if step.task_circuit is not None:
         raise ConfigError("compressed-tensors has no place for weights that a task circuit keeps: give --format own")
@@ -162,10 +208,13 @@ def require_readable(opened: LibraryModel, path: Path, step: CompressAtCheckpoin
         return
     if options.evaluate is not None:
         raise ConfigError(f"--evaluate: {kind} of {path} is no language model and has no perplexity; leave it out")
-    if options.get("task_circuit") is not None or (options.get("allocation") is not None and options.pairs is None):
-        among = ": allocation has that of --pairs" if opened.reads_pairs else ""
-        raise ConfigError(f"allocation and task_circuit need a loss, and {kind} of {path} is no language model{among}")
-    if options.pairs is not None and options.get("allocation") is not None:
+    if options.get("task_circuit") is not None:
+        why = f"{kind} of {path} is no language model" if options.pairs is None else "a pair alone has none"
+        raise ConfigError(f"--task_circuit takes gradients of the losses of single examples, and {why}; leave it out")
+    if isinstance(step, PruneAtCheckpoint) and needs_loss(step.pruner, step.allocation):
+        if options.pairs is None:
+            among = ": give --pairs, which have one" if opened.reads_pairs else ""
+            raise ConfigError(f"this method needs a loss, and {kind} of {path} is no language model{among}")
         require_partners(options)
 
 
@@ -187,13 +236,17 @@ def preview(job: Job, out: Path) -> int:
 
 
 def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
-    """Compress, write, and print what came of it. A call that was cut short goes on after the last whole block."""
+    """Compress, write, and print what came of it. A call that was cut short goes on after the last whole block.
+
+    So does one whose result could not be compared; one that was compared and differs starts anew.
+    """
     blocks = SavedBlocks(partial_folder(out), job.fingerprint, ALONE)
-    metrics = scores(job, "perplexity_before")
+    metrics, _ = scores(job, "perplexity_before")
     rotated = {} if job.rotation is None else {ROTATION: rotate_model(job.opened, job.rotation).data()}
     facts, results = compress(job, blocks)
     reports = [blocks.reports[name] for name in results]
-    metrics |= scores(job, "perplexity")
+    after, tokens = scores(job, "perplexity")
+    metrics |= after
     weights = weights_of(job.opened, results, job.stored)
     facts |= {**rotated, "totals": {**totals(reports), "stored_bits": weights.stored_bits}}
     manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
@@ -201,13 +254,12 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
         write(
             job.opened, weights, out, manifest, documents_of(reports, manifest, out) if report else {}, max_shard_size
         )
-    except MismatchError:
+    except DifferenceError:
         blocks.remove()
         raise
     blocks.remove()
     show_layers(reports)
     sizes = {"bytes_before": job.source.num_bytes, "bytes": weights.num_bytes}
-    tokens = 0 if job.evaluation is None else job.evaluation.numel()
     show_result(job.verb, {**metrics, **sizes, "tokens": tokens, "stored_bits": weights.stored_bits}, out)
     return DONE
 
@@ -230,11 +282,12 @@ def compress(job: Job, blocks: SavedBlocks) -> tuple[dict[str, Any], dict[str, C
         return facts, job.step.solve(job.walk, job.compressor, job.masks, blocks, seen)
 
 
-def scores(job: Job, name: str) -> dict[str, float]:
-    """The perplexity of the model as it is now, where that was asked for."""
+def scores(job: Job, name: str) -> tuple[dict[str, float], int]:
+    """The perplexity of the model as it is now, where that was asked for, and the number of tokens that it is of."""
     if job.evaluation is None:
-        return {}
-    return {name: perplexity(job.opened.scored, inputs_of(job.opened, job.evaluation))}
+        return {}, 0
+    value, tokens = perplexity_and_count(job.opened.scored, inputs_of(job.opened, job.evaluation))
+    return {name: value}, tokens
 
 
 def manifest_of(job: Job, facts: dict[str, Any], metrics: dict[str, float]) -> Manifest:

@@ -21,8 +21,9 @@ def add_method(parser: jsonargparse.ArgumentParser) -> None:
     """Add the pruner, and how sparsity is shared out."""
     from fulgurite.methods.pruning.base import Pruner
     from fulgurite.methods.pruning.ecoflap import Ecoflap
+    from fulgurite.methods.pruning.iterative import Iterative
 
-    parser.add_subclass_arguments(Pruner, "pruner", required=True, help="how, and how much, as Wanda")
+    parser.add_subclass_arguments((Pruner, Iterative), "pruner", required=True, help="how, and how much, as Wanda")
     parser.add_argument(
         "--allocation", type=Ecoflap | None, default=None, help="sparsity of every layer by its importance (Ecoflap)"
     )
@@ -30,9 +31,9 @@ def add_method(parser: jsonargparse.ArgumentParser) -> None:
 
 def step_of(options: Any, with_data: bool) -> PruneAtCheckpoint:
     """The step; see `compress.run`."""
-    from fulgurite.callbacks.prune_step import PruneAtCheckpoint
+    from fulgurite.callbacks.prune_step import PruneAtCheckpoint, needs_loss
 
     pruner, allocation = options.pruner, options.allocation
-    measured = pruner.needs != "nothing" or allocation is not None
+    measured = pruner.needs != "nothing" or needs_loss(pruner, allocation)
     calibration = compress.calibration_of(options, with_data, measured)
     return PruneAtCheckpoint(pruner, options.layers, options.towers, calibration, allocation=allocation)

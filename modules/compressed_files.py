@@ -30,7 +30,7 @@ from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.quantization.compressed_tensors import quantization_config, scheme_of
 from fulgurite.methods.quantization.packing import to_compressed_tensors
 from fulgurite.methods.quantization.quantized_weight import Compressed
-from fulgurite.methods.quantization.storage import COMPRESSED, stored
+from fulgurite.methods.quantization.storage import COMPRESSED, packed_mask, stored
 from fulgurite.methods.statistics.gram import input_width
 
 COMPRESSED_TENSORS: Stored = "compressed-tensors"
@@ -60,7 +60,10 @@ class Weights:
 
 
 def weights_of(opened: LibraryModel, results: Mapping[str, Compressed], layout: Stored) -> Weights:
-    """The tensors of a model whose layers have become ``results``, as a layout stores them."""
+    """The tensors of a model whose layers have become ``results``, as a layout stores them.
+
+    Masks of what was pruned before, and is none of ``results``, go along.
+    """
     state, own = opened.state(), {}
     schemes, masks, compressed, replaced = {}, {}, {}, set()
     for layer, result in results.items():
@@ -77,8 +80,11 @@ def weights_of(opened: LibraryModel, results: Mapping[str, Compressed], layout: 
         own |= {key: tensor for key, tensor in parts.items() if layout == "own" or key not in bits}
         if facts:
             compressed[name] = facts
-    whole = {name: tensor for name, tensor in state.items() if name not in replaced} | own
     size, entries = num_bytes(own) + num_bytes(masks), sum(each.weight.numel() for each in results.values())
+    others = {name: mask for name, mask in opened.masks.items() if name not in replaced}
+    (own if layout == "own" else masks).update({f"{name}.mask": packed_mask(mask) for name, mask in others.items()})
+    compressed |= {name: opened.pruned[name] for name in others}
+    whole = {name: tensor for name, tensor in state.items() if name not in replaced} | own
     return Weights(
         layout,
         None if layout == "dense" else whole,

@@ -124,6 +124,19 @@ def test_a_run_is_compressed_by_the_step_of_a_fit_on_its_own_data(run, tmp_path,
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert {path.name for path in tmp_path.iterdir()} == {"out", "step"}
     capfd.readouterr()
+    assert main([*argv, str(tmp_path / "no"), "--dry_run"]) == 0
+    assert "with 5 samples" in capfd.readouterr().out
+    wrong = {
+        "choose fewer": (*argv, str(tmp_path / "no"), "--dry_run", "--samples", "10000"),
+        "matches no linear layer": (*argv, str(tmp_path / "no"), "--dry_run", "--layers", "nothing"),
+        "this model has": (*argv, str(tmp_path / "no"), "--dry_run", "--towers", "[sound]"),
+        "--record: this method measures nothing": (
+            "quantize", str(run), "--quantizer", "Rtn", "--record", "a.yaml", "--out", str(tmp_path / "no"),
+        ),
+    }  # fmt: skip
+    for message, line in wrong.items():
+        assert main([*line]) == 2, message
+        assert message in capfd.readouterr().err
     assert main([*argv, str(tmp_path / "no"), "--text", "a.txt", "--format", "own", "--rotation", "Rotate"]) == 2
     assert "--text, --format, --rotation: " in capfd.readouterr().err
     assert not (tmp_path / "no").exists()

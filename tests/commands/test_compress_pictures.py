@@ -53,16 +53,16 @@ def test_a_tower_for_pictures_is_compressed(name, image_models, pictures, tmp_pa
 def test_too_few_pictures_and_the_wrong_data_are_one_message(image_models, pictures, tmp_path, llamas, capfd):
     for name in ("vit", "clip"):
         shutil.copytree(image_models / name, tmp_path / name)
-    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    (tmp_path / "clip" / "processor_config.json").unlink()
     wanda, shown = ("--pruner", "Wanda", "--pruner.sparsity", "0.5"), ("--pictures", str(pictures))
     wrong = {
         "is measured on pictures: give --pictures": (tmp_path / "vit", "--text", str(llamas / "text.txt")),
         "is measured on text: give --text": (llamas / "llama", *shown),
         "holds 8 pictures, and 9 are wanted": (tmp_path / "vit", *shown, "--samples", "9"),
-        "no preprocessor_config.json": (tmp_path / "clip", *shown, "--samples", "2"),
+        "no preprocessor_config.json or processor_config.json": (tmp_path / "clip", *shown, "--samples", "2"),
         "through the tower 'vision' alone": (tmp_path / "clip", *shown, "--towers", "[text]"),
         "has no perplexity": (tmp_path / "vit", *shown, "--evaluate", str(llamas / "text.txt")),
-        "need a loss": (tmp_path / "vit", *shown, "--allocation", "Ecoflap"),
+        "needs a loss": (tmp_path / "vit", *shown, "--allocation", "Ecoflap"),
     }
     for message, (model, *argv) in wrong.items():
         assert main(["prune", str(model), *wanda, *argv, "--device", "cpu", "--out", str(tmp_path / "out")]) == 2
