@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -39,5 +40,19 @@ def imports_allowed(extra: tuple[str, ...]) -> Iterator[None]:
 
 
 def load_value(text: str, path: str = "") -> object:
-    """A config or the value of an option: strict YAML with short class names completed."""
-    return complete(load_text(text, path))
+    """A config or the value of an option: strict YAML with short class names completed.
+
+    jsonargparse hands the value of an option that lies two classes deep on as text, by ``str``, and reads it again. So
+    the description of a class is written as JSON, and a null is read as ``str`` writes it.
+    """
+    if text == str(None):
+        return None
+    value = complete(load_text(text, path))
+    return _Described(value) if isinstance(value, dict) and "class_path" in value else value
+
+
+class _Described(dict):
+    """A class with its arguments, whose text is read as what it was."""
+
+    def __str__(self) -> str:
+        return json.dumps(self, ensure_ascii=False, default=str)

@@ -24,6 +24,11 @@ class Table(Part):
         self.value = {"a": 1}[name] if size != 2 else None + 1
 
 
+class Named(Part):
+    def __init__(self, size: int = 1, name: str | None = "a"):
+        super().__init__(size)
+
+
 @dataclass
 class Place:
     points: list[str]

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import yaml
 
 PLACES = "[{points: [a], kind: nested_project.Kind}, {points: [b], kind: nested_project.Kind}]"
 
@@ -82,3 +83,24 @@ def test_nothing_is_said_where_the_class_stays(cli):
     code, out, err = cli("fit", "--config", "toy.yaml", "--model", "toy_project.Net", "--trainer.fast_dev_run=true")
     assert code == 0
     assert "left out" not in out + err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ('{"class_path": "nested_project.Named", "init_args": {"name": null}}', None),
+        (r"{class_path: nested_project.Named, init_args: {name: 'blocks\.\d+'}}", r"blocks\.\d+"),
+        (r'{"class_path": "nested_project.Named", "init_args": {"name": "one\u0027s \\d é😀"}}', "one's \\d é😀"),
+    ],
+)
+def test_a_class_two_classes_deep_is_read_as_it_is_written(given, expected, nested):
+    code, out, err = nested("--model.part=nested_project.Part", f"--model.part.inner={given}", "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["init_args"]["part"]["init_args"]["inner"]["init_args"]["name"] == expected
+
+
+def test_a_null_two_classes_deep_is_none(nested):
+    argv = ("--model.part=nested_project.Part", "--model.part.inner=nested_project.Named")
+    code, out, err = nested(*argv, "--model.part.inner.name=null", "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(out)["model"]["init_args"]["part"]["init_args"]["inner"]["init_args"]["name"] is None
