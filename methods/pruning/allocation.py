@@ -37,7 +37,7 @@ class Allocation:
     @property
     def sparsity(self) -> tuple[float, ...]:
         """The pruned share of every group; 0 of an empty one."""
-        return tuple(1 - kept / size if size else 0.0 for kept, size in zip(self.kept, self.sizes))
+        return tuple((size - kept) / size if size else 0.0 for kept, size in zip(self.kept, self.sizes))
 
     @property
     def pruned(self) -> tuple[int, ...]:

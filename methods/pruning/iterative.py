@@ -91,6 +91,10 @@ class Iterative(Compressor):
                     weight.copy_(saved[name])
         return self._masks
 
+    def keep(self, masks: Masks) -> None:
+        """Take masks that `find` has given before."""
+        self._masks = dict(masks)
+
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Check that the masks are there.
 

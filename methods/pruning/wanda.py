@@ -1,8 +1,7 @@
 """Wanda: prune by weight times norm of its input, without changing what stays (arXiv 2306.11695).
 
 score_ij = |W_ij| sqrt(v_j),     v_j the column energy sum_t x_tj^2, on any scale
-rows       int(p in) of every row, as published for language models; where an allocation says how many of the matrix,
-           the first rows lose one more, so that the count is exact
+rows       int(p in) of every row, as published for language models
 matrix     exactly round(p n) of the matrix
 variant    of every row, the smallest scores that add up to at most a share alpha of its sum; alpha is bisected
 """
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fulgurite.methods.exact_masks import rounded_count, smallest_of_rows
+from fulgurite.methods.exact_masks import smallest_of_rows
 from fulgurite.methods.pruning.base import Pruner
 from fulgurite.methods.pruning.magnitude import magnitude_scores, matrix_mask, pruned
 from fulgurite.methods.pruning.n_m import n_m_mask
@@ -42,17 +41,8 @@ def wanda_scores(weight: Tensor, input_norm: Tensor) -> Tensor:
     return scores.mul_(input_norm.to(scores))
 
 
-def wanda_mask(
-    weight: Tensor, input_norm: Tensor, sparsity: float, selection: Selection = "rows", exact: bool = False
-) -> Tensor:
+def wanda_mask(weight: Tensor, input_norm: Tensor, sparsity: float, selection: Selection = "rows") -> Tensor:
     """True where a weight is kept, (out, in); see `wanda_scores`.
-
-    Args:
-        weight: (out, in).
-        input_norm: (in,).
-        sparsity: share that is pruned.
-        selection: what is ranked together.
-        exact: prune round(p n) of the matrix where ``rows`` are ranked, instead of int(p in) of every row.
 
     Raises:
         ValueError: a sparsity outside [0, 1] or an unknown selection.
@@ -61,11 +51,7 @@ def wanda_mask(
         raise ValueError(f"a sparsity of {sparsity} is outside [0, 1]")
     scores = wanda_scores(weight, input_norm)
     if selection == "rows":
-        if not exact:
-            return ~smallest_of_rows(scores, int(sparsity * weight.shape[1]))
-        each, more = divmod(rounded_count(sparsity, weight.numel()), len(weight))
-        first = [smallest_of_rows(scores[:more], each + 1)] if more else []
-        return ~torch.cat([*first, smallest_of_rows(scores[more:], each)])
+        return ~smallest_of_rows(scores, int(sparsity * weight.shape[1]))
     if selection == "matrix":
         return matrix_mask(scores, sparsity)
     if selection == "variant":
@@ -134,4 +120,4 @@ class Wanda(Pruner):
         norm = moment.sqrt()
         if self.pattern is not None:
             return pruned(weight, n_m_mask(wanda_scores(weight, norm), self.pattern))
-        return pruned(weight, wanda_mask(weight, norm, self.sparsity_of(name), self.selection, name in self.assigned))
+        return pruned(weight, wanda_mask(weight, norm, self.sparsity_of(name), self.selection))

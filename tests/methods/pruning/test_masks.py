@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 
+from fulgurite.methods.pruning.allocation import Allocation
 from fulgurite.methods.pruning.global_schedule import prune_in_rounds, round_sparsity
 from fulgurite.methods.pruning.magnitude import Magnitude, global_magnitude_masks, magnitude_scores, matrix_mask
 from fulgurite.methods.pruning.n_m import n_m_mask
@@ -133,15 +134,13 @@ def test_rounds_reach_the_target_and_never_bring_a_weight_back():
         round_sparsity(0.6, 5, 4)
 
 
-def test_an_allocation_is_met_to_the_weight():
-    generator = torch.Generator().manual_seed(0)
-    weight, energy = torch.randn(7, 10, generator=generator), torch.rand(10, generator=generator)
-    wanda = Wanda(0.5)
-    for count in (0, 1, 33, 69, 70):
-        wanda.assign({"a": count / 70})
-        assert (~wanda.compress("a", weight, energy).mask).sum() == count
-        rows = (~wanda.compress("a", weight, energy).mask).sum(1)
-        assert rows.max() - rows.min() <= 1
+def test_whole_counts_of_an_allocation_are_pruned_whole():
+    weight, energy = draw(7, 10), torch.rand(10, generator=torch.Generator().manual_seed(0))
+    for count in range(11):
+        (share,) = Allocation((7 * (10 - count),), (70,)).sparsity
+        wanda = Wanda(0.5)
+        wanda.assign({"a": share})
+        assert (~wanda.compress("a", weight, energy).mask).sum(1).tolist() == [count] * 7
 
 
 def test_the_variant_prunes_nothing_at_0_and_says_what_it_cannot_reach():

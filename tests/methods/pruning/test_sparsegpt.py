@@ -182,3 +182,10 @@ def test_bad_input_is_one_error():
             sparsegpt(weight, gram, **options)
     with pytest.raises(ValueError, match="29 columns"):
         sparsegpt(weight, gram[:5, :5], 0.5)
+
+
+def test_endless_damping_is_magnitude_without_updates():
+    weight, gram = layer(columns=6)
+    found = sparsegpt(weight, gram, 0.5, percdamp=1e12)
+    assert weight[found.mask].abs().min() > weight[~found.mask].abs().max()
+    torch.testing.assert_close(found.weight, weight * found.mask)

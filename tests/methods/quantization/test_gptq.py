@@ -297,3 +297,13 @@ def test_a_dead_column_does_not_stretch_the_grid_of_its_group():
     expected = gptq(without, x.T @ x, 4, 4, groups="static").quantized
     assert torch.equal(found.scale, expected.scale)
     assert found.scale.max() < 1
+
+
+def test_a_row_has_at_most_its_levels_and_what_it_keeps():
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    kept = torch.rand(6, 64, generator=generator) < 0.1
+    found = gptq(weight, x.T @ x, 2, kept=kept)
+    for row, own in zip(found.weight, kept):
+        assert len(row.unique()) <= 4 + int(own.sum())
+        assert len(row[~own].unique()) <= 4

@@ -206,3 +206,15 @@ def test_wrong_arguments_are_refused():
         token_weights(a / 0)
     with pytest.raises(ValueError, match="examples, tokens"):
         token_weights(a, MASK)
+
+
+def test_the_trace_of_white_inputs_does_not_depend_on_the_weights():
+    """Every row has the squared norm D, so the trace of the mean is D whatever the tokens count."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 2, (3, 7, 5), generator=generator).double() * 2 - 1
+    for seed in range(3):
+        importance = torch.rand(3, 7, generator=generator, dtype=torch.float64) ** (seed + 1)
+        shares = token_shares(importance)
+        assert shares.sum(1).tolist() == pytest.approx([7.0] * 3)
+        gram = gram_of(x.flatten(0, 1), shares.flatten(), torch.float64) / shares.sum()
+        assert gram.trace().item() == pytest.approx(5.0)
