@@ -37,7 +37,7 @@ def run(command: str, argv: list[str]) -> int:
     """Merge, or with ``--dry_run`` say what a merge would do; returns the exit code.
 
     Raises:
-        ConfigError: an option is wrong, or the models do not fit together.
+        ConfigError, ValueError: an option is wrong, or the models do not fit together.
         CheckpointError: a source is damaged or missing, or the result cannot be written.
     """
     argv = with_flags(argv, FLAGS)
@@ -55,15 +55,12 @@ def run(command: str, argv: list[str]) -> int:
             merger = None if options.merger is None else parser.instantiate_classes(options).merger
         except (TypeError, ValueError) as error:
             raise ConfigError(f"merger: {cause_of(error)}") from error
-    try:
-        sources = None if options.sources is None else expanded(one_or_more(options.sources))
-        take_statistics(merger, options.statistics, sources or [])
-        if sources is not None and merge_adapters.require_adapters(sources, merger):
-            return merge_adapters.run(sources, merger, options, settings_of(options))
-        job = prepared(sources, merger, options)
-        return preview(job) if options.dry_run else merge(job, options.report)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    sources = None if options.sources is None else expanded(one_or_more(options.sources))
+    take_statistics(merger, options.statistics, sources or [])
+    if sources is not None and merge_adapters.require_adapters(sources, merger):
+        return merge_adapters.run(sources, merger, options, settings_of(options))
+    job = prepared(sources, merger, options)
+    return preview(job) if options.dry_run else merge(job, options.report)
 
 
 def parser_of() -> jsonargparse.ArgumentParser:
