@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fulgurite.callbacks.steps import Context
-from fulgurite.checkpoints import digest_of_json
+from fulgurite.checkpoints import digest_of_json, digest_of_state
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.losses import answer_loss
 from fulgurite.methods.ranks import Ranks
@@ -49,27 +50,35 @@ class CalibrationSamples:
 def calibration_batches(
     module: Compressible, calibration: CalibrationSamples, context: Context
 ) -> tuple[list[Inputs], dict[str, Any]]:
-    """This process's batches, and what the samples of all are.
+    """This process's batches, and what the samples of all are. All ranks call it.
+
+    What is digested is all that the module is given, so that other answers, pixels or another preparation are other
+    data; it is the same for any number of processes with batches of one size.
 
     Raises:
         LookupError: the context has no data.
         ValueError: there are too few samples.
     """
-    loader = context.calibration(calibration.samples, calibration.seed)
+    ranks = context.ranks
+
+    def prepare() -> tuple[ResumableLoader, list[Inputs], list[str]]:
+        loader = context.calibration(calibration.samples, calibration.seed)
+        if (count := len(loader.dataset.samples)) < ranks.size:
+            raise ValueError(f"{count} samples do not serve {ranks.size} processes: set calibration.samples up")
+        batches = [
+            {**counted_inputs(module, batch), TARGETS: module.answer_targets(batch).cpu()}
+            for batch in dealt(loader, ranks)
+        ]
+        return loader, batches, [digest_of_state(batch) for batch in batches]
+
+    loader, batches, own = ranks.agree(prepare)
+    in_turn = zip_longest(*ranks.gather(own))
     samples = loader.dataset.samples
-    if len(samples) < context.ranks.size:
-        raise ValueError(
-            f"{len(samples)} samples do not serve {context.ranks.size} processes: set calibration.samples up"
-        )
-    batches = [
-        {**counted_inputs(module, batch), TARGETS: module.answer_targets(batch).cpu()}
-        for batch in dealt(loader, context.ranks)
-    ]
     data = {
         "samples": len(samples),
         "domains": sorted({sample.domain for sample in samples}),
-        "data": digest_of_json([[sample.domain, sample.id, sample.question] for sample in samples]),
-        "batch": batch_size(loader, context.ranks),
+        "data": digest_of_json([digest for turn in in_turn for digest in turn if digest is not None]),
+        "batch": batch_size(loader, ranks),
     }
     return batches, data
 

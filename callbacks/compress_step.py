@@ -25,7 +25,7 @@ from fulgurite.callbacks.merge_step import documents_of
 from fulgurite.callbacks.publish import PublishedCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.callbacks.steps import MADE_FROM, Context, Step, described
-from fulgurite.checkpoints import digest_of_json, read_manifest
+from fulgurite.checkpoints import CheckpointError, digest_of_json, read_manifest
 from fulgurite.checkpoints.card import CARD_NAME, STEPS, card
 from fulgurite.checkpoints.shards import SHARDS
 from fulgurite.checkpoints.store import encode, new_manifest, write_checkpoint
@@ -164,29 +164,36 @@ class CompressAtCheckpoint(Step):
         """Compress, publish. Raises ValueError where there is more than one source."""
         if len(inputs) != 1:
             raise ValueError(f"{self.name} compresses one checkpoint, and there are {len(inputs)}")
-        (source,), ranks = inputs, context.ranks
+        (source,), ranks, before = inputs, context.ranks, version_of(context.out)
         # A checkpoint may be published within a validation, whose tensors know no gradients.
         with torch.inference_mode(False), torch.no_grad():
             module = ranks.agree(lambda: built(source, context))
             with exposed_attention(module.get_submodule(module.compressible_part), module.blocks_spec().inside_blocks):
-                self._compress(source, module, context, facts)
+                self._compress(source, module, context, facts, before)
 
-    def _compress(self, source: Path, module: Compressible, context: Context, facts: Mapping[str, Any]) -> None:
+    def _compress(
+        self, source: Path, module: Compressible, context: Context, facts: Mapping[str, Any], before: int | None
+    ) -> None:
         ranks = context.ranks
-        batches, data = ranks.agree(lambda: self._batches(module, context))
+        batches, data = self._batches(module, context)
         walk = walk_over(module, batches, context, self.towers)
         compressor = copy.copy(self.compressor)
         weights = ranks.agree(lambda: matrices(walk, self.layers))
         masks = ranks.agree(lambda: self.prepare(compressor, tensor_names(module, weights), source))
-        blocks = SavedBlocks(blocks_folder(context.out), digest_of_json(self._about(facts, data, context)), ranks)
-        figures = self.score(compressor, walk, loss_of(module, context), blocks)
-        ranks.agree(lambda: compressor.begin(weights))
-        results = self.solve(walk, compressor, masks, blocks)
-        facts = {**facts, **figures, "papers": papers_of(*self.methods), **({"data": data} if data else {})}
-        ranks.agree(
-            lambda: self._publish(source, module, results, blocks.reports, context.out, facts) if not ranks.rank else 0
-        )
-        blocks.remove()
+        about = digest_of_json(self._about(facts, data, context))
+        with SavedBlocks(blocks_folder(context.out), about, ranks) as blocks:
+            figures = self.score(compressor, walk, loss_of(module, context), blocks)
+            ranks.agree(lambda: compressor.begin(weights))
+            results = self.solve(walk, compressor, masks, blocks)
+            facts = {**facts, **figures, "papers": papers_of(*self.methods), **({"data": data} if data else {})}
+
+            def publish() -> None:
+                if ranks.rank == 0:
+                    require_version(context.out, before)
+                    self._publish(source, module, results, blocks.reports, context.out, facts)
+
+            ranks.agree(publish)
+            blocks.remove()
 
     def solve(
         self,
@@ -274,6 +281,20 @@ class CompressAtCheckpoint(Step):
 def blocks_folder(artefact: Path) -> Path:
     """Where the blocks of ``artefact`` lie while it is made."""
     return artefact.with_name(f"{artefact.name}-blocks")
+
+
+def version_of(out: Path) -> int | None:
+    """What tells a folder from one that has taken its place; None where there is none."""
+    return out.stat().st_ino if out.exists() else None
+
+
+def require_version(out: Path, before: int | None) -> None:
+    """Raise CheckpointError where another process has published ``out`` since `version_of` gave ``before``."""
+    if version_of(out) != before:
+        raise CheckpointError(
+            f"{out} was written by another process in the meantime and is left as it is: move it away and call again, "
+            f"which goes on from {blocks_folder(out)}"
+        )
 
 
 def require_compressible(module: Any, name: str) -> ModelSpec:

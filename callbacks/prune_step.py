@@ -14,12 +14,12 @@ from fulgurite.callbacks.compress_step import CompressAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
 from fulgurite.methods.calibration import Loss
-from fulgurite.methods.compression import Compressor
+from fulgurite.methods.compression import Compressor, matrices
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.pruning.base import Pruner
 from fulgurite.methods.pruning.ecoflap import Ecoflap
 from fulgurite.methods.pruning.iterative import Iterative
-from fulgurite.methods.quantization.storage import COMPRESSED
+from fulgurite.methods.quantization.storage import COMPRESSED, packed_mask, unpacked_mask
 
 
 def needs_loss(pruner: Pruner | Iterative, allocation: Ecoflap | None) -> bool:
@@ -79,7 +79,7 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         return [self.pruner] if self.allocation is None else [self.pruner, self.allocation]
 
     def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
-        """Refuse layers that are quantized, since pruning would take them off their grids."""
+        """Refuse layers that are quantized, since pruning would take them off their grids, or pruned already."""
         compressed = read_manifest(source).facts.get(COMPRESSED, {})
         quantized = {name for name, about in compressed.items() if about["bits"] is not None}
         if both := [layer for layer, name in tensors.items() if name in quantized]:
@@ -87,12 +87,17 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
                 f"{len(both)} layers of {source} are quantized, first {both[0]}, and pruning would take them off their "
                 "grids: prune before you quantize, or leave them out of layers"
             )
+        if both := [layer for layer, name in tensors.items() if name in compressed]:
+            raise ValueError(
+                f"{len(both)} layers of {source} are pruned already, first {both[0]}: prune the model that it was made "
+                "from, to the sparsity wanted, or leave them out of layers"
+            )
         return {}
 
     def score(self, compressor: Compressor, walk: LayerWalk, loss: Loss, saved: SavedBlocks) -> dict[str, Any]:
         """Find the masks of a pruner of rounds; allocate sparsities, where that is wanted."""
         if isinstance(compressor, Iterative):
-            compressor.find(walk, loss, self.layers)
+            self._find(compressor, walk, loss, saved)
         if self.allocation is None:
             return {}
 
@@ -103,3 +108,13 @@ class PruneAtCheckpoint(CompressAtCheckpoint):
         importance = {name: value.item() for name, value in saved.once("importance", make).items()}
         compressor.assign(walk.ranks.agree(lambda: self.allocation.allocate(walk, importance, self.layers)))
         return {"importance": importance}
+
+    def _find(self, compressor: Iterative, walk: LayerWalk, loss: Loss, saved: SavedBlocks) -> None:
+        """Masks of all rounds, once."""
+
+        def make() -> dict[str, Tensor]:
+            return {name: packed_mask(mask.cpu()) for name, mask in compressor.find(walk, loss, self.layers).items()}
+
+        weights = matrices(walk, self.layers)
+        packed = saved.once("rounds", make)
+        compressor.keep({name: unpacked_mask(bits, tuple(weights[name].shape)) for name, bits in packed.items()})

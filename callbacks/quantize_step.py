@@ -13,13 +13,14 @@ from fulgurite.callbacks.compress_data import CalibrationSamples
 from fulgurite.callbacks.compress_step import CompressAtCheckpoint
 from fulgurite.callbacks.compressed_state import source_masks
 from fulgurite.callbacks.saved_blocks import SavedBlocks
+from fulgurite.checkpoints import read_manifest
 from fulgurite.methods.calibration import Loss
 from fulgurite.methods.compression import Compressor, TokenWeights, matrices
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.quantization.base import Quantizer
 from fulgurite.methods.quantization.bit_budget import BitBudget, Errors
 from fulgurite.methods.quantization.rsq import TokenImportance
-from fulgurite.methods.quantization.storage import packed_mask, unpacked_mask
+from fulgurite.methods.quantization.storage import COMPRESSED, packed_mask, unpacked_mask
 from fulgurite.methods.quantization.tacq import TaskCircuit
 
 
@@ -75,7 +76,14 @@ class QuantizeAtCheckpoint(CompressAtCheckpoint):
         return [method for method in used if method is not None]
 
     def prepare(self, compressor: Compressor, tensors: Mapping[str, str], source: Path) -> dict[str, Tensor]:
-        """Have pruned weights stay 0."""
+        """Have pruned weights stay 0. Refuse layers that are quantized, since they would be rounded twice."""
+        compressed = read_manifest(source).facts.get(COMPRESSED, {})
+        twice = [layer for layer, name in tensors.items() if compressed.get(name, {"bits": None})["bits"] is not None]
+        if twice:
+            raise ValueError(
+                f"{len(twice)} layers of {source} are quantized already, first {twice[0]}: quantize the model that it "
+                "was made from, or leave them out of layers"
+            )
         pruned = source_masks(source)
         masks = {layer: pruned[name] for layer, name in tensors.items() if name in pruned}
         compressor.keep_zeros(masks)

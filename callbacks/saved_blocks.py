@@ -7,6 +7,7 @@ for bit. Memory: none; the disk holds the compressed matrices once more while th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fulgurite.callbacks.merge_statistics import FINGERPRINT, facts_of
 from fulgurite.checkpoints import load_tensors, read_manifest, remove, save_checkpoint_folder, verify
+from fulgurite.checkpoints.lock import writing
 from fulgurite.methods.compression import CompressedBlock, LayerReport
 from fulgurite.methods.quantization.quantized_weight import Compressed
 from fulgurite.methods.quantization.storage import COMPRESSED, restored, stored
@@ -24,7 +26,7 @@ REPORTS = "layers"
 
 @dataclass
 class SavedBlocks:
-    """The blocks of one step.
+    """The blocks of one step, whose folder is this process's alone within ``with``, however that ends.
 
     Args:
         folder: holds one folder per block.
@@ -37,6 +39,18 @@ class SavedBlocks:
     fingerprint: str
     ranks: Ranks
     reports: dict[str, LayerReport] = field(default_factory=dict)
+    _lock: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+
+    def __enter__(self) -> SavedBlocks:
+        """Keep other processes out. All ranks call it. Raises LockedError where one is at work."""
+        self.ranks.agree(lambda: self._lock.enter_context(writing(self.folder)) if self.ranks.rank == 0 else None)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.close()
+        if self.ranks.rank == 0:
+            with suppress(OSError):  # where something is saved, or all was removed
+                self.folder.rmdir()
 
     def find(self, block: str) -> dict[str, Compressed] | None:
         """Results by name of the layer, where the block is saved and intact. All ranks call it."""

@@ -47,7 +47,8 @@ def writing(run: str | Path) -> Iterator[None]:
     finally:
         if descriptor in _held:  # not in a forked child
             with suppress(OSError):  # it blocks nobody, and an error here would hide that of the block
-                path.unlink()
+                if _is_at(descriptor, path):  # else the folder was removed, and the file may be another's
+                    path.unlink()
             _held.discard(descriptor)
             os.close(descriptor)
 

@@ -58,15 +58,22 @@ def layers_of(path):
 def test_batches_are_dealt_to_processes_whole(parts, tmp_path):
     """Two processes together have the batches of one, in turn; nothing is padded or repeated."""
 
+    told = []
+
     class Two(Ranks):
         def gather(self, value):
-            return [value]
+            if not isinstance(value, list):
+                return [value]
+            told.append(value)  # digests, of the second rank after the first
+            return told
 
     whole, data = calibration_batches(parts[1], CalibrationSamples(23), context_of(parts, tmp_path))
-    shares = [
-        calibration_batches(parts[1], CalibrationSamples(23), context_of(parts, tmp_path, Two(rank, 2)))[0]
+    found = [
+        calibration_batches(parts[1], CalibrationSamples(23), context_of(parts, tmp_path, Two(rank, 2)))
         for rank in range(2)
     ]
+    shares = [batches for batches, _ in found]
+    assert found[1][1] == data
     assert [len(batch["input_ids"]) for batch in whole] == [10, 10, 3]
     assert data["batch"] == 10
     together = [shares[0][0], shares[1][0], shares[0][1]]
@@ -74,6 +81,21 @@ def test_batches_are_dealt_to_processes_whole(parts, tmp_path):
         assert all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
     with pytest.raises(ValueError, match="1 samples do not serve 2 processes"):
         calibration_batches(parts[1], CalibrationSamples(1), context_of(parts, tmp_path, Two(0, 2)))
+
+
+@pytest.mark.parametrize("what", ["answer_targets", "calibration_inputs"])
+def test_other_answers_or_pixels_are_other_data(what, parts, tmp_path, monkeypatch):
+    module, plain = parts[1], getattr(parts[1], what)
+
+    def other(batch):
+        found = plain(batch)
+        if what == "answer_targets":
+            return found.flip(0)
+        return {**found, "input_ids": found["input_ids"].flip(0)}
+
+    digests = [calibration_batches(module, SAMPLES, context_of(parts, tmp_path))[1]["data"] for _ in range(2)]
+    monkeypatch.setattr(module, what, other)
+    assert calibration_batches(module, SAMPLES, context_of(parts, tmp_path))[1]["data"] != digests[0] == digests[1]
 
 
 def test_the_loss_is_that_of_training(parts, tmp_path):
@@ -107,18 +129,20 @@ def test_sparsities_follow_the_importance_of_blocks(parts, tmp_path):
     assert read_manifest(out).facts["totals"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_scores_are_not_measured_again_after_a_kill(parts, tmp_path, monkeypatch):
-    step = PruneAtCheckpoint(Wanda(0.5), calibration=SAMPLES, allocation=Ecoflap(0.5, samples=4))
+@pytest.mark.parametrize("scorer", [Ecoflap, Iterative])
+def test_scores_are_not_measured_again_after_a_kill(scorer, parts, tmp_path, monkeypatch):
+    how = (Wanda(0.5), Ecoflap(0.5, samples=4)) if scorer is Ecoflap else (Iterative(0.5, rounds=2), None)
+    step = PruneAtCheckpoint(how[0], calibration=SAMPLES, allocation=how[1])
     whole = step([parts[0]], context_of(parts, tmp_path / "whole"))
     monkeypatch.setattr(SavedBlocks, "save", lambda self, done: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         step([parts[0]], context_of(parts, tmp_path / "again"))
     monkeypatch.undo()
-    monkeypatch.setattr(Ecoflap, "importance", lambda *_: 1 / 0)
+    monkeypatch.setattr(scorer, {Ecoflap: "importance", Iterative: "find"}[scorer], lambda *_: 1 / 0)
     again = step([parts[0]], context_of(parts, tmp_path / "again"))
     one, two = load_tensors(whole), load_tensors(again)
     assert all(one[name].numpy().tobytes() == two[name].numpy().tobytes() for name in one.keys() | two.keys())
-    assert read_manifest(whole).facts["importance"] == read_manifest(again).facts["importance"]
+    assert read_manifest(whole).facts.get("importance") == read_manifest(again).facts.get("importance")
 
 
 def test_bits_circuit_and_important_tokens_make_one_model(parts, tmp_path):
@@ -149,7 +173,7 @@ def test_bits_circuit_and_important_tokens_make_one_model(parts, tmp_path):
     dense = load_dense(out)
     for left_out in options:
         rest = {name: value for name, value in options.items() if name != left_out}
-        step = QuantizeAtCheckpoint(Gptq(3, 16), calibration=SAMPLES, **rest)
+        step = QuantizeAtCheckpoint(Gptq(4, 16), calibration=SAMPLES, **rest)
         other = load_dense(step([parts[0]], context_of(parts, tmp_path / left_out)))
         assert any(
             not torch.equal(other[f"backbone.{name}.weight"], dense[f"backbone.{name}.weight"]) for name in sizes

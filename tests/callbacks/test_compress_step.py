@@ -17,7 +17,15 @@ from fulgurite.callbacks.prune_step import PruneAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.callbacks.steps import Context
-from fulgurite.checkpoints import MismatchError, load_document, load_tensors, read_manifest, verify
+from fulgurite.checkpoints import (
+    CheckpointError,
+    LockedError,
+    MismatchError,
+    load_document,
+    load_tensors,
+    read_manifest,
+    verify,
+)
 from fulgurite.cli import main
 from fulgurite.commands.statistics import data_of
 from fulgurite.methods.merging.linear import TaskArithmetic
@@ -265,7 +273,7 @@ def test_a_kill_after_a_block_changes_nothing(killed_at, run, parts, tmp_path, m
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     blocks = [f"text.encoder.layer.{n}" for n in range(2)]
-    assert sorted(p.name for p in blocks_folder(out).iterdir()) == blocks[: killed_at + 1]
+    assert sorted(p.name for p in blocks_folder(out).iterdir() if p.is_dir()) == blocks[: killed_at + 1]
     assert not out.exists()
     made, plain = [], Gptq.compress
     monkeypatch.setattr(Gptq, "compress", lambda self, name, *rest: (made.append(name), plain(self, name, *rest))[1])
@@ -303,6 +311,47 @@ def test_blocks_of_other_settings_or_damaged_ones_are_made_again(parts, tmp_path
     steps[1]([parts[0]], context_of(parts, out))
     assert len(made) == 6
     assert equal(first, load_tensors(out))
+
+
+def test_one_call_at_a_time_makes_an_artefact(parts, tmp_path, monkeypatch):
+    out, plain = tmp_path / "out", SavedBlocks.save
+    step = PruneAtCheckpoint(Magnitude(0.5))
+
+    def save(self, done):
+        with pytest.raises(LockedError, match=f"{blocks_folder(out)} is being written by process {os.getpid()}"):
+            step([parts[0]], context_of(parts, out))
+        plain(self, done)
+
+    monkeypatch.setattr(SavedBlocks, "save", save)
+    step([parts[0]], context_of(parts, out))
+    monkeypatch.undo()
+    first = load_tensors(out)
+
+    def appears(self, done):
+        plain(self, done)
+        if not other.exists():
+            shutil.copytree(out, other)
+
+    other = tmp_path / "other"
+    monkeypatch.setattr(SavedBlocks, "save", appears)
+    with pytest.raises(CheckpointError, match="other was written by another process in the meantime"):
+        PruneAtCheckpoint(Magnitude(0.25))([parts[0]], context_of(parts, other))
+    assert equal(first, load_tensors(other))
+    assert not list(blocks_folder(other).glob(".lock"))
+    monkeypatch.setattr(SavedBlocks, "save", lambda self, done: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        step([parts[0]], context_of(parts, tmp_path / "third"))
+    assert not blocks_folder(tmp_path / "third").exists()
+
+
+def test_what_is_compressed_is_not_compressed_again(run, parts, tmp_path):
+    pruned, quantized = artefact(run, "pruned"), artefact(run, "quantized")
+    context = Context(tmp_path / "no", builder=fulgurite.load)
+    with pytest.raises(ValueError, match=r"12 layers of .* are pruned already, first .*: prune the model that it was"):
+        PruneAtCheckpoint(Magnitude(0.3))([pruned], context)
+    with pytest.raises(ValueError, match=r"12 layers of .* are quantized already, first .*: quantize the model that"):
+        QuantizeAtCheckpoint(Rtn(8))([quantized], context)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_pruned_is_the_source(parts, tmp_path):
