@@ -9,6 +9,8 @@ import torch
 from fulgurite.checkpoints.tensorfile import map_file
 
 FOLDER = Path(__file__).parent
+SCORES = ("ecoflap-zeroth", "ecoflap-first", "iterative", "circuit", "budget")
+SCORES += ("tokens-attention", "tokens-frequency", "tokens-centroids")
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}  # float64, whose sums over batches are taken in another order
 
 
@@ -25,7 +27,7 @@ def script():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, pair):
     root = tmp_path_factory.mktemp("ranks")
-    pair.run(FOLDER / "walk_ranks.py", root)
+    pair.run(FOLDER / "walk_ranks.py", root, *SCORES)
     return root
 
 
@@ -44,6 +46,23 @@ def test_two_processes_give_what_one_gives(name, how, script, root):
         assert torch.equal(two[key] == 0, tensor == 0)
         changed += not torch.equal(tensor, before[key])
     assert changed == 10
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_what_two_processes_find_out_is_what_one_finds_out(name, script, root):
+    expected, two, other = script.scored(name), *(map_file(root / f"{name}-{rank}") for rank in range(2))
+    assert expected.keys() == two.keys()
+    assert {layer.rpartition(".")[2] for layer in expected} == {"in_proj", "out_proj", "out"}
+    for layer, tensor in expected.items():
+        assert torch.equal(two[layer], other[layer])
+        torch.testing.assert_close(two[layer], tensor.contiguous(), rtol=1e-6, atol=1e-12)
+        assert tensor.any()
+
+
+def test_an_error_of_one_process_ends_both_with_its_text(root):
+    text = "'Tensor' object has no attribute 'no_such_thing'"
+    told = [f"rank 1 failed: AttributeError: {text}", text]
+    assert [(root / f"failed-{rank}").read_text() for rank in range(2)] == told
 
 
 def test_ranks_of_a_sharded_model_need_as_many_batches(root):
