@@ -240,24 +240,23 @@ def carry_out(job: Job, out: Path, report: bool, max_shard_size: str) -> int:
 
     So does one whose result could not be compared; one that was compared and differs starts anew.
     """
-    blocks = SavedBlocks(partial_folder(out), job.fingerprint, ALONE)
-    metrics, _ = scores(job, "perplexity_before")
-    rotated = {} if job.rotation is None else {ROTATION: rotate_model(job.opened, job.rotation).data()}
-    facts, results = compress(job, blocks)
-    reports = [blocks.reports[name] for name in results]
-    after, tokens = scores(job, "perplexity")
-    metrics |= after
-    weights = weights_of(job.opened, results, job.stored)
-    facts |= {**rotated, "totals": {**totals(reports), "stored_bits": weights.stored_bits}}
-    manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
-    try:
-        write(
-            job.opened, weights, out, manifest, documents_of(reports, manifest, out) if report else {}, max_shard_size
-        )
-    except DifferenceError:
+    with SavedBlocks(partial_folder(out), job.fingerprint, ALONE) as blocks:
+        metrics, _ = scores(job, "perplexity_before")
+        rotated = {} if job.rotation is None else {ROTATION: rotate_model(job.opened, job.rotation).data()}
+        facts, results = compress(job, blocks)
+        reports = [blocks.reports[name] for name in results]
+        after, tokens = scores(job, "perplexity")
+        metrics |= after
+        weights = weights_of(job.opened, results, job.stored)
+        facts |= {**rotated, "totals": {**totals(reports), "stored_bits": weights.stored_bits}}
+        manifest = manifest_of(job, {**facts, LAYERS: [each.data() for each in reports]}, metrics)
+        documents = documents_of(reports, manifest, out) if report else {}
+        try:
+            write(job.opened, weights, out, manifest, documents, max_shard_size)
+        except DifferenceError:
+            blocks.remove()
+            raise
         blocks.remove()
-        raise
-    blocks.remove()
     show_layers(reports)
     sizes = {"bytes_before": job.source.num_bytes, "bytes": weights.num_bytes}
     show_result(job.verb, {**metrics, **sizes, "tokens": tokens, "stored_bits": weights.stored_bits}, out)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from fulgurite.backbones import fresh
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
+from fulgurite.checkpoints.lock import writing
 from fulgurite.checkpoints.tensorfile import map_file
 from fulgurite.cli import main
 from fulgurite.methods.pruning.wanda import Wanda
@@ -78,6 +79,9 @@ def test_a_comparison_that_does_not_end_keeps_the_blocks(llamas, few, tmp_path, 
         patched.setattr(fresh, "TIMEOUT_S", 0.1)
         assert main(argv) == 2
         assert "did not load" in capfd.readouterr().err
+        with writing(tmp_path / "out-partial"):
+            assert main(argv) == 2
+            assert f"process {os.getpid()}" in capfd.readouterr().err
     assert len(solved) == 14
     assert len(list((tmp_path / "out-partial").iterdir())) == 2
     assert not (tmp_path / "out").exists()
