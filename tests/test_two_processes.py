@@ -44,18 +44,19 @@ def single(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(config, tmp_path_factory):
-    """The runs of one command each, as a user types it; Lightning starts the second process."""
-    runs = {}
-    for strategy in STRATEGIES:
-        root = tmp_path_factory.mktemp(strategy)
-        command = [sys.executable, "-m", "fulgurite.cli", "fit", "--config", str(config), "--runs", str(root)]
-        command += ["--trainer.devices", "2", "--trainer.strategy", strategy, *EVERY_STEP]
-        child = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=240)
-        assert child.returncode == 0, child.stderr[-3000:]
-        assert child.stdout.count("dynamic merging *") == 1
-        (runs[strategy],) = (root / "plain").iterdir()
-    return runs
+def launched(config, pair, tmp_path_factory):
+    """A run of one command for each strategy: one as a user types it, where Lightning starts the second process."""
+    root = tmp_path_factory.mktemp("ddp")
+    argv = ["fit", "--config", str(config), "--trainer.devices", "2", *EVERY_STEP, "--trainer.strategy"]
+    command = [sys.executable, "-m", "fulgurite.cli", *argv, "ddp", "--runs", str(root)]
+    child = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=240)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert child.stdout.count("dynamic merging *") == 1
+    (run,) = (root / "plain").iterdir()
+    sharded = tmp_path_factory.mktemp("fsdp2") / "run"
+    texts = in_two_processes(pair, sharded.parent, [[*argv, "fsdp2", "--run", str(sharded)]])
+    assert [text.count("dynamic merging *") for text in texts] == [1, 0]
+    return {"ddp": run, "fsdp2": sharded}
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +85,19 @@ def continued(stream_config, config, launched, tmp_path_factory, pair):
         start = root / strategy / "checkpoints/epoch=4-step=9"
         commands.append([*resume, "--ckpt_path", str(start), "--test_after_fit", "false"])
         commands.append(["predict", "--ckpt_path", str(root / strategy)])
-    script = root / "commands.py"
-    script.write_text(RANK)
-    pair.run(script, json.dumps(commands))
+    in_two_processes(pair, root, commands)
     return root
 
 
 def one_thread():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def in_two_processes(pair, folder, commands):
+    """What both ranks have written."""
+    script = folder / "commands.py"
+    script.write_text(RANK)
+    return pair.run(script, json.dumps(commands))
 
 
 def metrics(folder):
