@@ -127,6 +127,8 @@ def loading_text(manifest: Manifest, name: str) -> str:
     path, library = repr(name), manifest.facts.get("library")
     if library in LOADERS:
         imported, call, prefix = LOADERS[library]
+        if library == "transformers" and "loaded_by" in manifest.facts:
+            imported, call = (text.replace("AutoModel", manifest.facts["loaded_by"]) for text in (imported, call))
         return block([imported, "", call.format(repr(prefix + name))], "python")
     if "model" in manifest.settings:
         python = block(["import fulgurite", "", f"module = fulgurite.load({path})"], "python")

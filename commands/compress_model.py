@@ -30,7 +30,7 @@ from fulgurite.commands.errors import DONE, ConfigError
 from fulgurite.commands.features import device_named
 from fulgurite.commands.progress import progress
 from fulgurite.commands.tables import console, plain_table, size_text
-from fulgurite.methods.compression import CompressedBlock, Compressor, matrices, totals
+from fulgurite.methods.compression import CompressedBlock, Compressor, blocks_of, matrices, totals
 from fulgurite.methods.layer_walk import LayerWalk
 from fulgurite.methods.packed_attention import tensor_name
 from fulgurite.methods.papers import papers_of
@@ -270,11 +270,19 @@ def partial_folder(out: Path) -> Path:
 
 def compress(job: Job, blocks: SavedBlocks) -> tuple[dict[str, Any], dict[str, Compressed]]:
     """What was found of the whole model, and what became of every layer."""
+    total, names, saved = sum(1 for _ in blocks_of(job.walk)), [], []
     with progress(job.num_weights, job.source.num_bytes) as bar, torch.no_grad():
 
         def seen(done: CompressedBlock) -> None:
+            names.append(done.block.name)
+            if not done.reports:
+                saved.append(done.block.name)
+            elif saved and len(names) == len(saved) + 1:
+                console().print(f"going on after block {len(saved)} of {total}, saved in {blocks.folder}")
             if bar is not None:
                 bar(job.verb, sum(job.weights[name].numel() for name in done.results))
+            elif done.reports:
+                console().print(f"{job.verb}: block {len(names)} of {total}, {done.block.name}")
 
         facts = job.step.score(job.compressor, job.walk, job.opened.loss, blocks)
         job.compressor.begin(job.weights)

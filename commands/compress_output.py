@@ -32,7 +32,7 @@ def show_layers(reports: Sequence[LayerReport]) -> None:
             f"{len(own):,}",
             f"{sum(each.shape[0] * each.shape[1] for each in own):,}",
             f"{100 * figures['sparsity']:.1f} %",
-            f"{figures['bits']:.2f}",
+            "–" if all(report.bits is None for report in own) else f"{figures['bits']:.2f}",
             f"{sum(each.error for each in own) / len(own):.4g}",
             f"{sum(each.seconds for each in own):.1f}",
         )

@@ -61,6 +61,8 @@ def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
         return f"{' and '.join(names)}: required and not given; write it in a --config file or as {flags}"
     if match := _UNRECOGNIZED.search(raw):
         name = match[1].partition("=")[0].lstrip("-")
+        if taken := _taken_by_a_class(name, invocation):
+            return f"no option {match[1]!r}; did you mean --{taken}?"
         return f"no option {match[1]!r}{_near(name, parser.get_defaults().keys())}"
     reason = _deepest(raw)
     if reason is None:
@@ -72,6 +74,8 @@ def _text(raw: str, parser: ArgumentParser, invocation: Invocation) -> str:
         owner = f"{reason.class_path} has no option {first!r}" if reason.class_path else f"no option {first!r}"
         return f"{key}: {owner}{_value(invocation, key)}{_near(first, accepted, listed=bool(reason.class_path))}"
     if reason.pattern is _NO_CLASS:
+        if first in class_table():
+            return f"{reason.key}: {first} is a class of the package, but of another kind than this option takes"
         expected = " Expected the short name of a fulgurite class, or a full class path"
         return f"{reason.key}: no class {first!r}{_near(first, _class_names())}{expected}"
     if reason.pattern is _DENIED:
@@ -150,6 +154,17 @@ def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     signature = inspect.signature(getattr(importlib.import_module(module), name))
     return [name for name in signature.parameters if name not in ("args", "kwargs")]
+
+
+def _taken_by_a_class(name: str, invocation: Invocation) -> str | None:
+    """The option ``pruner.sparsity`` where ``name`` is ``sparsity`` and ``--pruner Wanda`` was given."""
+    for word, following in zip(invocation.typed, (*invocation.typed[1:], "")):
+        option, equals, value = word.partition("=")
+        value = value if equals else following
+        for module in class_table().get(value, []) if option.startswith("--") else []:
+            if name in _arguments(f"{module}.{value}"):
+                return f"{option.lstrip('-')}.{name}"
+    return None
 
 
 def _type_name(text: str) -> str:

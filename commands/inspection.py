@@ -175,6 +175,7 @@ def print_metrics(title: str, metrics: Mapping[str, Any]) -> None:
 
 def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """What a checkpoint is and what it was made from, by name; only what the manifest knows."""
+    from fulgurite.checkpoints.card import method_of, step_of
     from fulgurite.checkpoints.shards import SHARDS
 
     facts, base = manifest.facts, manifest.base
@@ -200,6 +201,10 @@ def origin_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "trained", f"{trained:,} of {model:,} parameters ({trained / max(model, 1):.2%})"
     if SHARDS in manifest.structure:
         yield SHARDS, f"{sum(file.startswith(SHARD) for file in manifest.files)} files"
+    if step_of(manifest) is not None:
+        yield "made by", f"{step_of(manifest)} {method_of(manifest) or ''}".strip()
+    if isinstance(facts.get("totals"), dict):
+        yield "totals", ", ".join(f"{name} {_number(value)}" for name, value in facts["totals"].items())
     for key, value in manifest.structure.items():
         if key != SHARDS:
             yield "structure", f"{key}: {json.dumps(value, ensure_ascii=False, default=str)}"

@@ -37,6 +37,9 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
     with naming_another(folder):
         manifest = read_manifest(folder)
     if not (manifest.settings or {}).get("model"):
+        if manifest.facts.get("library") is not None:
+            by = {"fulgurite": "fulgurite.load_model"}.get(manifest.facts["library"], manifest.facts["library"])
+            raise RefusedError(f"{folder}: this is no module of fulgurite, but a model that {by} loads")
         raise RefusedError(f"{folder}: the manifest holds no model settings; it was not written by the command line")
     with imports_allowed(tuple(allow)):
         model = {"model": manifest.settings["model"]}

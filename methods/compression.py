@@ -255,8 +255,13 @@ def matrices(walk: LayerWalk, pattern: str | None = None) -> Mapping[str, Tensor
                 raise ValueError(f"{layer} and {others[0]} are one tensor, which one result cannot fit: leave it out")
             found[layer] = module
     if not found:
-        where = "the blocks hold no linear layer" if pattern is None else f"layers={pattern!r} matches no linear layer"
-        raise ValueError(f"{where} of {[tower.name for tower in walk.towers]}")
+        towers = [tower.name for tower in walk.towers]
+        example = next((name for block in blocks_of(walk) for name in block.linears()), None)
+        if pattern is None or example is None:
+            raise ValueError(f"the blocks hold no linear layer of {towers}")
+        raise ValueError(
+            f"layers={pattern!r} matches no linear layer of {towers}; it is a full pattern, as of {example}"
+        )
     if walk.sharded:
         return OnDemand({layer: partial(matrix, module) for layer, module in found.items()})
     return {layer: matrix(module) for layer, module in found.items()}

@@ -127,6 +127,7 @@ def write(
     manifest.facts |= {
         COMPRESSED: weights.compressed,
         "library": {"own": "fulgurite"}.get(weights.stored, "transformers" if library == "hf" else library),
+        **({"loaded_by": type(model).__name__} if library == "hf" else {}),
     }
     inputs = probe(library, model)
     with foreign_folder(out, manifest) as folder, naming(folder):

@@ -182,7 +182,7 @@ def test_our_own_layout_holds_any_bits_and_the_zeros_of_pruning(llamas, tmp_path
         assert why in capfd.readouterr().err
 
 
-def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(llamas, tmp_path, in_process, monkeypatch):
+def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(llamas, tmp_path, in_process, monkeypatch, capsys):
     pytest.importorskip("compressed_tensors")
     argv = ["quantize", str(llamas / "llama"), *GPTQ, *text(llamas), "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
@@ -204,6 +204,10 @@ def test_what_was_interrupted_goes_on_and_gives_the_same_bytes(llamas, tmp_path,
     monkeypatch.setattr(Gptq, "compress", counted)
     assert main([*argv, str(tmp_path / "out")]) == 0
     assert {name.split(".")[2] for name in solved} == {"1"}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("quantize: block 2 of 2, model.layers.1") == 2
+    assert printed.count("going on after block 1 of 2") == 1
+    assert "LlamaForCausalLM.from_pretrained('out')" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()

@@ -36,6 +36,10 @@ def test_options_that_cannot_be_met_are_one_message(llamas, few, image_models, p
     idle = ("--samples", "3", "--seed", "1", "--batch_size", "2")
     wrong = {
         "is a model of timm: give --format own": ("quantize", timm, *RTN),
+        "no option '--sparsity'; did you mean --pruner.sparsity?": (
+            "prune", model, "--pruner", "Wanda", "--sparsity", "0.5",
+        ),
+        "Wanda is a class of the package, but of another kind": ("quantize", model, "--quantizer", "Wanda"),
         "there is nothing to quantize": ("quantize", model, *RTN, "--quantizer.bits", "16"),
         "there is nothing to quantize: give fewer": ("quantize", model, *RTN, "--quantizer.bits_by_name", "{.*: 16}"),
         "bits=16 of all layers": ("quantize", model, *RTN, *budget),
