@@ -150,8 +150,9 @@ def test_weights_only_stand_for_the_sets_that_are_named(owner, x):
     expected = outputs(owner, x)
     with owner.bank.use(torch.tensor([1, 1, 0, 0]), ["live", "b"]):
         mixed = owner(x)
-    assert torch.equal(mixed[:2], expected["b"][:2])
-    assert torch.equal(mixed[2:], expected["live"][2:])
+    # Products of two examples may be rounded otherwise than those of four.
+    torch.testing.assert_close(mixed[:2], expected["b"][:2])
+    torch.testing.assert_close(mixed[2:], expected["live"][2:])
 
 
 @pytest.mark.parametrize(
