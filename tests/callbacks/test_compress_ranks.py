@@ -62,7 +62,8 @@ def test_artefacts_are_those_of_one_process(strategy, root, tmp_path):
     assert len(names) == 12
     # Both see the same batches, and add up their Grams in another order.
     for name in names:
-        assert torch.equal(one[name] != 0, two[name] != 0)
+        changed = int(((one[name] != 0) != (two[name] != 0)).sum())
+        assert not changed, (name, changed, torch.get_num_threads(), torch.get_float32_matmul_precision())
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
     # Without statistics all is equal to the bit.
     out = QuantizeAtCheckpoint(Rtn(4))([pruned], Context(tmp_path / "quantized", builder=fulgurite.load))
