@@ -1,9 +1,7 @@
 """Pruning and quantization at a boundary: a chain in a fit, and its artefacts wherever a checkpoint goes."""
 
 import json
-import os
 import shutil
-import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -11,15 +9,11 @@ import torch
 
 import fulgurite
 from fulgurite.callbacks.compress_data import CalibrationSamples
-from fulgurite.callbacks.compress_step import blocks_folder
 from fulgurite.callbacks.merge_step import MergeAtCheckpoint
 from fulgurite.callbacks.prune_step import PruneAtCheckpoint
 from fulgurite.callbacks.quantize_step import QuantizeAtCheckpoint
-from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.callbacks.steps import Context
 from fulgurite.checkpoints import (
-    CheckpointError,
-    LockedError,
     MismatchError,
     load_document,
     load_tensors,
@@ -31,7 +25,6 @@ from fulgurite.commands.statistics import data_of
 from fulgurite.methods.merging.linear import TaskArithmetic
 from fulgurite.methods.pruning.magnitude import Magnitude, matrix_mask
 from fulgurite.methods.pruning.wanda import Wanda
-from fulgurite.methods.quantization.gptq import Gptq
 from fulgurite.methods.quantization.rtn import Rtn, quantize_rtn
 from fulgurite.methods.quantization.storage import load_dense
 from fulgurite.modules.evaluation import other_values, whole_where
@@ -252,96 +245,6 @@ def test_a_delta_over_another_backbone_does_not_start_it(run, parts, tmp_path):
     state = load_document(parts[0], "state")
     with pytest.raises(MismatchError, match="is a delta over"):
         module.on_load_checkpoint({"fulgurite": state["fulgurite"]})
-
-
-@pytest.mark.parametrize("killed_at", [0, 1])
-def test_a_kill_after_a_block_changes_nothing(killed_at, run, parts, tmp_path, monkeypatch):
-    pruned = artefact(run, "pruned")
-    step = QuantizeAtCheckpoint(Gptq(4, 16), calibration=CalibrationSamples(23))
-    out, child = tmp_path / "killed", os.fork()
-    if child == 0:
-        plain, calls = SavedBlocks.save, []
-
-        def save(self, done):
-            plain(self, done)
-            if len(calls) == killed_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(done.block.name)
-
-        monkeypatch.setattr(SavedBlocks, "save", save)
-        step([pruned], context_of(parts, out))
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    blocks = [f"text.encoder.layer.{n}" for n in range(2)]
-    assert sorted(p.name for p in blocks_folder(out).iterdir() if p.is_dir()) == blocks[: killed_at + 1]
-    assert not out.exists()
-    made, plain = [], Gptq.compress
-    monkeypatch.setattr(Gptq, "compress", lambda self, name, *rest: (made.append(name), plain(self, name, *rest))[1])
-    step([pruned], context_of(parts, out))
-    assert len(made) == 6 * (1 - killed_at)
-    whole = artefact(run, "quantized")
-    assert equal(load_tensors(out), load_tensors(whole))
-    figures = [
-        [{k: v for k, v in each.items() if k != "seconds"} for each in read_manifest(path).facts["layers"]]
-        for path in (out, whole)
-    ]
-    assert figures[0] == figures[1]
-    assert not blocks_folder(out).exists()
-
-
-def test_blocks_of_other_settings_or_damaged_ones_are_made_again(parts, tmp_path, monkeypatch):
-    made, plain = [], Wanda.compress
-    monkeypatch.setattr(Wanda, "compress", lambda self, name, *rest: (made.append(name), plain(self, name, *rest))[1])
-    monkeypatch.setattr(SavedBlocks, "remove", lambda self: None)
-    out = tmp_path / "out"
-    steps = [PruneAtCheckpoint(Wanda(0.5), calibration=CalibrationSamples(n), name="w") for n in (4, 5)]
-    for step, expected in ((steps[0], 12), (steps[0], 0), (steps[1], 12)):
-        made.clear()
-        shutil.rmtree(out, ignore_errors=True)
-        step([parts[0]], context_of(parts, out))
-        assert len(made) == expected
-    file = blocks_folder(out) / "text.encoder.layer.1" / "weights.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    first = load_tensors(out)
-    first = {name: tensor.clone() for name, tensor in first.items()}
-    shutil.rmtree(out)
-    made.clear()
-    steps[1]([parts[0]], context_of(parts, out))
-    assert len(made) == 6
-    assert equal(first, load_tensors(out))
-
-
-def test_one_call_at_a_time_makes_an_artefact(parts, tmp_path, monkeypatch):
-    out, plain = tmp_path / "out", SavedBlocks.save
-    step = PruneAtCheckpoint(Magnitude(0.5))
-
-    def save(self, done):
-        with pytest.raises(LockedError, match=f"{blocks_folder(out)} is being written by process {os.getpid()}"):
-            step([parts[0]], context_of(parts, out))
-        plain(self, done)
-
-    monkeypatch.setattr(SavedBlocks, "save", save)
-    step([parts[0]], context_of(parts, out))
-    monkeypatch.undo()
-    first = load_tensors(out)
-
-    def appears(self, done):
-        plain(self, done)
-        if not other.exists():
-            shutil.copytree(out, other)
-
-    other = tmp_path / "other"
-    monkeypatch.setattr(SavedBlocks, "save", appears)
-    with pytest.raises(CheckpointError, match="other was written by another process in the meantime"):
-        PruneAtCheckpoint(Magnitude(0.25))([parts[0]], context_of(parts, other))
-    assert equal(first, load_tensors(other))
-    assert not list(blocks_folder(other).glob(".lock"))
-    monkeypatch.setattr(SavedBlocks, "save", lambda self, done: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        step([parts[0]], context_of(parts, tmp_path / "third"))
-    assert not blocks_folder(tmp_path / "third").exists()
 
 
 def test_what_is_compressed_is_not_compressed_again(run, parts, tmp_path):
