@@ -11,6 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
 # Lightning cuts its loggers off where it is imported before pytest listens; then caplog hears nothing.
 for name in ("lightning.pytorch", "lightning.fabric"):
@@ -185,3 +186,12 @@ def pair(tmp_path_factory):
     pair = Pair(tmp_path_factory.mktemp("pair"))
     yield pair
     pair.stop()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of one thread sums are equal to the bit, and a forked process waits for none that only its parent has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

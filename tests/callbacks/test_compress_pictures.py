@@ -44,13 +44,7 @@ LAYERS = {
 ROOT = "encoder.model."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums come out the same in every run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,6 @@ import shutil
 import signal
 
 import pytest
-import torch
 
 import fulgurite
 from fulgurite.callbacks.compress_data import CalibrationSamples
@@ -48,13 +47,7 @@ trainer:
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked process must not wait for threads that only its parent has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -48,13 +48,7 @@ DOWN = "text/encoder/layer/1/output/dense.down"
 PROJECTION = "video_projection.module"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked process must not wait for threads that only its parent has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -30,12 +30,7 @@ WANDA = ("--pruner", "Wanda", "--pruner.sparsity", "0.5")
 GPTQ = ("--quantizer", "Gptq", "--quantizer.bits", "4", "--quantizer.group_size", "16")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def text(llamas):

@@ -28,12 +28,7 @@ BUDGET = ("--budget", "BitBudget", "--budget.average_bits", "3.5", "--budget.cho
 CIRCUIT = ("--task_circuit", "TaskCircuit", "--task_circuit.ratio", "0.01")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settle(opened, walk, compressor, method):

@@ -55,12 +55,7 @@ NONE = ("--rotation", "Rotate", "--rotation.heads", "none")
 GPTQ = ("--quantizer", "Gptq", "--quantizer.group_size", "16", "--quantizer.bits")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
