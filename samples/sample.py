@@ -22,7 +22,7 @@ class Sample:
         question: text in.
         answers: accepted answers with their scores; empty where unknown (prediction).
             Video QA with one annotator has one answer of score 1; iVQA has ``min(count / 2, 1)``.
-        caption: text out for captioning and retrieval.
+        captions: what is said of the video or image; several where several people described it.
         speech: subtitles of the video as one string.
         kind: question type, for accuracy by type.
         video: lazy video file.
@@ -37,7 +37,7 @@ class Sample:
     task: str = "videoqa"
     question: str | None = None
     answers: Mapping[str, float] = field(default_factory=dict)
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     speech: str | None = None
     kind: str | None = None
     video: Video | None = None

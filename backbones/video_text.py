@@ -1,0 +1,64 @@
+"""The interface of pretrained models with a tower for pictures and one for text, as retrieval uses them.
+
+A batch of such a model holds, beside the fields of `samples.sample_fields`:
+
+    text        (T, W) long, ids of every caption, padded; ``text_mask`` (T, W) True for real ones
+    owner       (T,) long, the row of the video that a caption belongs to; captions of a video follow one another
+    pixels      (V, F, 3, S, S) float, or ``tokens`` (V, F, N, C) that a feature cache holds
+    frame_mask  (V, F) True for the frames that a video has; the others are zero
+    video_id    (V,) long, equal for rows of the same video, whatever the rank
+    captions    list of tuples, of every video
+
+Legend: T texts, V videos, W words, F frames, S side in pixels, N tokens of a frame, C their width.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from fulgurite.backbones.base import FrozenBackbone
+from fulgurite.methods.retrieval.features import TextTokens, VideoTokens
+from fulgurite.methods.retrieval.head import TowerFacts
+from fulgurite.samples import Batch
+
+
+class VideoTextBackbone(FrozenBackbone):
+    """A dual encoder of frames and captions that gives every token of both towers.
+
+    Attributes:
+        never_tuned: patterns of parameters that the published full fine-tuning leaves frozen.
+    """
+
+    never_tuned: tuple[str, ...] = ()
+
+    @abstractmethod
+    def text_tokens(self, batch: Batch) -> TextTokens:
+        """Captions of a batch in the width shared with videos."""
+
+    @abstractmethod
+    def video_tokens(self, batch: Batch) -> VideoTokens:
+        """Videos of a batch in the width shared with texts."""
+
+    @abstractmethod
+    def tower_facts(self) -> TowerFacts:
+        """What a head is built by."""
+
+    def unfreeze(self, never: Sequence[str] | None = None) -> None:
+        """Let everything train but the parameters whose names a pattern of ``never`` matches in full.
+
+        Args:
+            never: None takes `never_tuned`.
+
+        Raises:
+            LookupError: a pattern matches no parameter.
+        """
+        patterns, found = self.never_tuned if never is None else never, set()
+        for name, parameter in self.named_parameters():
+            matching = {pattern for pattern in patterns if re.fullmatch(pattern, name)}
+            found |= matching
+            parameter.requires_grad_(not matching)
+        unused = [pattern for pattern in patterns if pattern not in found]
+        if unused:
+            raise LookupError(f"model.init_args.frozen: {unused} match no parameter of the backbone")
