@@ -59,6 +59,19 @@ class WarmupCosine(WarmupLinear):
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+class BertCosine(WarmupLinear):
+    """The published schedule of `BertAdam`: with x = step / total, x / w up to w, then (1 + cos(pi x)) / 2.
+
+    The factor of the first step is 0, so that it changes nothing. The cosine is taken of x itself and not of the
+    progress after the warm-up: the factor jumps from almost 1 to (1 + cos(pi w)) / 2, 0.976 for w = 0.1.
+    """
+
+    def __call__(self, step: int, total: int) -> float:
+        """``x / w`` while warming up, then (1 + cos(pi x)) / 2."""
+        x = min(step / max(total, 1), 1.0)
+        return x / self.warmup if x < self.warmup else 0.5 * (1.0 + math.cos(math.pi * x))
+
+
 class StagedSchedule:
     """One schedule run afresh in every stage, as a function of the global optimizer step.
 

@@ -1,6 +1,10 @@
 import ast
 import sys
 
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import OptimizerCallable
+
 from fulgurite.commands.names import FOLDERS, ROOT, STRATEGY, class_table, complete, import_named
 
 
@@ -37,6 +41,16 @@ def test_class_paths_are_completed_and_other_texts_stay():
     full = {"k": [{"class_path": "fulgurite.callbacks.rng.RandomStates"}, "RandomStates"]}
     assert complete(value) == {**full, "class_path": "torch.nn.Linear"}
     assert complete({"class_path": "Nowhere"}) == {"class_path": "Nowhere"}
+
+
+def test_an_optimizer_of_the_package_goes_by_its_name():
+    document = {"optimizer": {"class_path": "BertAdam", "init_args": {"lr": 1e-4, "betas": [0.9, 0.95]}}}
+    assert import_named([], [document]) == ["fulgurite.methods.optimizers.bert_adam"]
+    parser = ArgumentParser()
+    parser.add_argument("--optimizer", type=OptimizerCallable)
+    build = parser.instantiate_classes(parser.parse_object(complete(document))).optimizer
+    group = build([torch.zeros(1, requires_grad=True)]).param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.95), 0.2)
 
 
 def test_the_sharded_strategy_is_this_projects():

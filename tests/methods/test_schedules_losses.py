@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fulgurite.methods.losses import answer_loss
-from fulgurite.methods.schedules import Constant, StagedSchedule, WarmupCosine, WarmupLinear
+from fulgurite.methods.schedules import BertCosine, Constant, StagedSchedule, WarmupCosine, WarmupLinear
 
 
 def test_hard_label_is_cross_entropy_and_soft_label_is_the_formula():
@@ -36,6 +36,16 @@ def test_warmup_rises_to_one_and_decays_towards_zero():
     assert factors[-1] == pytest.approx(1 / 90)
     assert WarmupCosine(0.0)(50, 100) == pytest.approx(0.5)
     assert Constant()(7, 10) == 1.0
+
+
+def test_the_published_cosine_begins_at_zero_and_jumps_at_the_end_of_the_warmup():
+    factors = [BertCosine(0.1)(s, 100) for s in range(101)]
+    assert factors[:10] == pytest.approx([s / 10 for s in range(10)])
+    assert factors[10] == pytest.approx((1 + math.sqrt(10 + 2 * math.sqrt(5)) / 4) / 2)  # cos 18 degrees
+    assert factors[50] == pytest.approx(0.5)
+    assert factors[75] == pytest.approx((1 - math.sqrt(0.5)) / 2)
+    assert factors[100] == 0
+    assert BertCosine(0)(0, 5) == 1
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0])
