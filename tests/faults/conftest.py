@@ -6,6 +6,7 @@ detected (a typed error that names the place). Other tests that inject faults ar
 """
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -143,6 +144,15 @@ class Child:
         os.kill(self.pid, 9)
         os.waitpid(self.pid, 0)
         raise TimeoutError(f"still running after {timeout} s: {self.text[-3000:]}")
+
+    def halt_at(self, path: Path, timeout: float = 30.0) -> None:
+        """Stop it by SIGSTOP once ``path`` holds something; TimeoutError past ``timeout`` seconds."""
+        end = time.monotonic() + timeout
+        while not (path.exists() and path.stat().st_size):
+            if time.monotonic() > end:
+                raise TimeoutError(f"no {path} in {timeout} s")
+            time.sleep(0.01)
+        os.kill(self.pid, signal.SIGSTOP)
 
     @property
     def text(self) -> str:
