@@ -200,9 +200,13 @@ class AdaptedModule(pl.LightningModule, ABC):
         if asked is None or asked < 0 or asked > total:
             self.trainer.fit_loop.max_epochs = total
 
+    def trained(self) -> dict[str, Tensor]:
+        """What the optimizer gets, by the names that `ParamGroup` patterns are searched in: the live set alone."""
+        return dict(self.bank.sets["live"].named_parameters())
+
     def configure_optimizers(self) -> Any:
-        """The live set alone, with one schedule over the global step restarted at every stage."""
-        named = dict(self.bank.sets["live"].named_parameters())
+        """`trained`, with one schedule over the global step restarted at every stage."""
+        named = self.trained()
         optimizer = self.optimizer(grouped(named, self.param_groups))
         staged = StagedSchedule(self.schedule, steps_of_stages(self.stages, self.trainer))
         # A function is left out of checkpoints, an object is not.

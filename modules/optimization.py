@@ -21,12 +21,20 @@ class ParamGroup:
     """Trained tensors with a learning rate of their own.
 
     Args:
-        pattern: regular expression searched in the names of the live set's tensors.
-        lr: their learning rate.
+        pattern: regular expression searched in the names of the trained tensors.
+        lr: their learning rate; None leaves the optimizer's.
+        weight_decay: theirs; None leaves the optimizer's.
     """
 
     pattern: str
-    lr: float
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What differs from the optimizer's own options."""
+        given = {"lr": self.lr, "weight_decay": self.weight_decay}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def grouped(named: Mapping[str, Tensor], groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
@@ -43,7 +51,7 @@ def grouped(named: Mapping[str, Tensor], groups: Sequence[ParamGroup]) -> list[d
                 f"model.init_args.param_groups: pattern {group.pattern!r} matches none of the trained tensors; "
                 f"they are named like {next(iter(named))!r}"
             )
-        out.append({"params": [left.pop(n) for n in names], "lr": group.lr})
+        out.append({"params": [left.pop(n) for n in names], **group.options})
     if left:
         out.append({"params": list(left.values())})
     return out

@@ -54,6 +54,8 @@ class VideoQA(AdaptedModule):
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
+        if not adapters:
+            raise ValueError("model.init_args.adapters is empty, so nothing would train: give at least one placement")
         super().__init__(backbone, adapters, optimizer, schedule, param_groups)
 
     def build(self, info: DataInfo, stages: Sequence[Stage]) -> None:

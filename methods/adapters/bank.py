@@ -74,7 +74,7 @@ class AdapterBank(nn.Module):
 
     Args:
         backbone: the frozen model.
-        placements: which kind of adapter goes where. A site carries one adapter.
+        placements: which kind of adapter goes where. A site carries one adapter. Without any, sets are empty.
         sets: names of the sets to make besides ``live``, in the order of the columns of mixing weights.
         spec: the model's structure; ``backbone.spec`` when not given.
 
@@ -302,7 +302,7 @@ def _find_sites(backbone: nn.Module, placements: Sequence[Placement], spec: Mode
                         "a site carries one adapter"
                     )
                 sites[key] = _Site(name, backbone.get_submodule(name), number)
-    if not sites:
+    if placements and not sites:
         raise ValueError("nothing to adapt: give placements, each with at least one point")
     return sites
 

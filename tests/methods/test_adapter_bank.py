@@ -184,7 +184,6 @@ def test_samples_folded_into_the_first_dimension_are_an_error(owner, x):
 @pytest.mark.parametrize(
     ("placements", "error", "match"),
     [
-        ([], ValueError, "nothing to adapt"),
         ([Placement([], Bottleneck)], ValueError, "nothing to adapt"),
         ([Placement(["blok"], Bottleneck)], LookupError, "no place 'blok'"),
         ([Placement(["absent"], Bottleneck)], LookupError, "matches 0 modules, expected 1"),

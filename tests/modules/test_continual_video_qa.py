@@ -301,6 +301,11 @@ def test_second_router_mode_needs_a_second_router(make_module):
         make_module(second_router=None, mode="second_router")
 
 
+def test_a_module_without_adapters_is_refused(make_module):
+    with pytest.raises(ValueError, match="nothing would train"):
+        VideoQA(make_module().backbone, [])
+
+
 def test_evaluation_mode_restores_every_submodule(make_module):
     module = make_module(ContinualVideoQA)
     module.train()
