@@ -79,6 +79,13 @@ class RetrievalHead(nn.Module, ABC):
     def similarity(self, texts: TextFeatures, videos: VideoFeatures, levels: Sequence[str] | None = None) -> Tensor:
         """(L, T, V) scores at ``levels``, all of them when None, in the order given; with gradients, in pieces."""
 
+    def chosen_levels(self, levels: Sequence[str] | None) -> tuple[str, ...]:
+        """Those asked for, all when None. Raises ValueError for one that this head does not have."""
+        chosen = self.levels if levels is None else tuple(levels)
+        if unknown := [level for level in chosen if level not in self.levels]:
+            raise ValueError(f"{type(self).__name__} has no levels {unknown}; it has {list(self.levels)}")
+        return chosen
+
     def clamp(self) -> None:
         """Keep the scale within its limit; called after every step of the optimizer."""
         with torch.no_grad():

@@ -126,9 +126,9 @@ def _require_enough(scores: Tensor, k: int) -> None:
 class PatchSelector(nn.Module):
     """The class token of every frame, followed by k of its patches, in the order of their places.
 
-    Missing frames are treated like the others. The scores are computed outside autocast, in the precision of the
-    parameters, for `TOKENS` tokens at once (or one video), and once more in the backward pass, which so keeps nothing
-    but the scores.
+    Missing frames are treated like the others, unless a mask keeps them out of the sum over frames. The scores are
+    computed outside autocast, in the precision of the parameters, for `TOKENS` tokens at once (or one video), and once
+    more in the backward pass, which so keeps nothing but the scores.
 
     Args:
         width: D.
@@ -172,13 +172,19 @@ class PatchSelector(nn.Module):
         for layer in (self.token, self.joint, self.score):
             nn.init.normal_(layer.weight, std=0.02)
 
-    def scores(self, tokens: Tensor) -> Tensor:
-        """(V, F, N, D) tokens -> (V, F, N - 1) scores of the patches, in (-1, 1)."""
+    def scores(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(V, F, N, D) tokens and (V, F) mask -> (V, F, N - 1) scores of the patches, in (-1, 1)."""
         step = max(TOKENS // (tokens.shape[1] * tokens.shape[2]), 1)
         parts = tokens.split(step)
-        return torch.cat([checkpoint(self._scores, p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+        masks = [None] * len(parts) if mask is None else mask.split(step)
+        return torch.cat(
+            [
+                checkpoint(self._scores, part, its_mask, use_reentrant=False, preserve_rng_state=False)
+                for part, its_mask in zip(parts, masks)
+            ]
+        )
 
-    def _scores(self, tokens: Tensor) -> Tensor:
+    def _scores(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.to(self.norm.weight.dtype)
             if self.of_video:
@@ -186,19 +192,22 @@ class PatchSelector(nn.Module):
             states = functional.gelu(self.token(self.norm(tokens)))
             whole = states[:, :, :1]
             if self.of_video:
+                if mask is not None:
+                    whole = whole.masked_fill(~mask[..., None, None], 0)
                 whole = whole.sum(1, keepdim=True)
             # W2 [u ; v] in two halves: the second is that of all patches of a frame.
             own, common = self.joint.weight.chunk(2, dim=1)
             joint = functional.linear(states[:, :, 1:], own) + functional.linear(whole, common)
             return torch.tanh(self.score(functional.gelu(joint))).squeeze(-1)
 
-    def forward(self, tokens: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, seeds: Sequence[int] | None = None, mask: Tensor | None = None) -> Tensor:
         """Select.
 
         Args:
             tokens: (V, F, N, D), of which token 0 of a frame is the class token.
             seeds: one per video, of its noise, whatever its place in the batch (on one kind of device); None takes
                 the k patches of largest score themselves, through which no gradient reaches the score.
+            mask: (V, F) True for frames that count in the score of others; None counts all, as published.
 
         Returns:
             (V, F * (k + 1), D).
@@ -206,7 +215,7 @@ class PatchSelector(nn.Module):
         Raises:
             ValueError: frames of fewer than k patches, or another number of seeds than videos.
         """
-        scores, patches = self.scores(tokens), tokens[:, :, 1:]
+        scores, patches = self.scores(tokens, mask), tokens[:, :, 1:]
         if seeds is None:
             chosen = torch.take_along_dim(patches, hard_topk(scores, self.k)[..., None], dim=2)
         else:
