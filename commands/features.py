@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fulgurite.samples.features import FeatureExtractor, FeatureStore
     from fulgurite.samples.video import Video
 
-SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".mpg", ".mpeg")
 DESCRIPTION = """Extract and store frame features; a call that was cut short goes on where it stopped. With the config
 of an experiment (--config configs/quickstart.yaml, and any option of fit) it takes encoder, frames, videos, store and
 dtype from there, so that a fit with the same options finds all its features; of the options here --device,
@@ -178,6 +177,8 @@ def device_named(name: str) -> str:
 
 
 def _video_files(named: list[str]) -> Iterator[Path]:
+    from fulgurite.samples.video import SUFFIXES
+
     for name in named:
         path = Path(name)
         if path.is_dir():

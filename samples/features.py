@@ -158,8 +158,13 @@ class FeatureStore:
 
 
 def video_key(video: Video) -> str:
-    """Digest of the file's content, remembered as long as the file does not change. Raises `DataError`."""
-    return _file_key(video.identity)
+    """Digest of the file's content, remembered as long as the file does not change, and how much of it is looked at.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    key = _file_key(video.identity)
+    return key if video.seconds is None else f"{key}-{float(video.seconds)}s"
 
 
 @lru_cache(maxsize=1 << 17)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
+SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".mpg", ".mpeg")
+
+
 @dataclass(frozen=True)
 class Video:
     """A lazy video file. Holds nothing but where it is, so it is hashable and cheap to send to a worker.
@@ -36,10 +39,13 @@ class Video:
     Args:
         path: the file; anything that FFmpeg reads.
         name: what the data call it, for results that are read on other machines; empty takes the path.
+        seconds: only so much of the file's start is looked at, by its mean frame rate; the picture that begins at
+            its very end belongs to it. None takes all.
     """
 
     path: Path
     name: str = field(default="", compare=False)
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
@@ -47,8 +53,13 @@ class Video:
 
     @property
     def num_frames(self) -> int:
-        """Number of pictures. Raises `DataError` where the file cannot be read or holds none."""
-        return len(self._index().times)
+        """Number of pictures, within ``seconds``. Raises `DataError` where the file cannot be read or holds none."""
+        index = self._index()
+        if self.seconds is None:
+            return len(index.times)
+        if index.fps <= 0:
+            raise DataError(f"{self.path}: it tells no frame rate, so that its first {self.seconds:g} s are not known")
+        return min(len(index.times), int(self.seconds * index.fps) + 1)
 
     @property
     def fps(self) -> float:
@@ -63,9 +74,10 @@ class Video:
         """
         index = self._index()
         wanted = [int(i) for i in indices]
-        outside = [i for i in wanted if not 0 <= i < len(index.times)]
+        count = self.num_frames
+        outside = [i for i in wanted if not 0 <= i < count]
         if outside:
-            raise DataError(f"{self.path}: frames {outside} asked for, but it has frames 0 to {len(index.times) - 1}")
+            raise DataError(f"{self.path}: frames {outside} asked for, but it has frames 0 to {count - 1}")
         if not wanted:
             return torch.empty(0, 3, index.height, index.width, dtype=torch.uint8)
         found = {i: frame for i in set(wanted) if (frame := FRAMES.get((index.identity, i))) is not None}
@@ -81,7 +93,7 @@ class Video:
 
     def check(self) -> None:
         """Raise `DataError` if the file is missing, empty, truncated or holds no video. Decodes nothing."""
-        self._index()
+        _ = self.num_frames
 
     @property
     def identity(self) -> tuple[str, int, int]:

@@ -201,3 +201,16 @@ def test_numpy_features_are_read(tmp_path):
     path = tmp_path / "f.pkl"
     path.write_bytes(pickle.dumps({"v": np.ones((2, 6), np.float16)}))
     assert foreign_features(path, 6)["v"].sum() == 12
+
+
+def test_a_video_cut_short_has_features_of_its_own(videos, tmp_path):
+    store = FeatureStore(tmp_path / "store", "float32")
+    path = videos["plain.mp4"]
+    films = [Video(path), Video(path, seconds=1), Video(path, seconds=1.5)]
+    assert extract_features(films, Encoder(), SAMPLING, store) == {}
+    reader = store.reader(Encoder(), SAMPLING)
+    assert len(reader) == len({video_key(film) for film in films}) == 3
+    assert video_key(Video(path, seconds=1)) == video_key(Video(path, seconds=1.0))
+    first = Encoder()(small(Video(path).frames([1, 5, 9]))).detach()
+    assert torch.equal(reader[video_key(films[1])], first)
+    assert torch.equal(reader[video_key(films[0])], expected(path))

@@ -211,3 +211,12 @@ def test_a_name_is_for_reading_and_makes_no_other_video(tmp_path):
     plain, named = Video(tmp_path / "a.mp4"), Video(tmp_path / "a.mp4", "clips/a.mp4")
     assert (plain.name, named.name) == (str(tmp_path / "a.mp4"), "clips/a.mp4")
     assert len({plain, named}) == 1
+
+
+def test_only_the_start_of_a_video(videos):
+    path = videos["plain.mp4"]  # 40 frames, 10 a second
+    assert [Video(path, seconds=s).num_frames for s in (0, 1, 1.55, 3.9, 400)] == [1, 11, 16, 40, 40]
+    assert Video(path, seconds=1) != Video(path)
+    assert torch.equal(Video(path, seconds=1).frames([10]), Video(path).frames([10]))
+    with pytest.raises(DataError, match=r"frames \[11\] asked for, but it has frames 0 to 10"):
+        Video(path, seconds=1).frames([11])
