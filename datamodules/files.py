@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,63 @@ def read_text(path: Path, place: str = BELOW_ROOT) -> str:
         raise DataError(f"{path}, line {line}: not UTF-8; save the file with the encoding UTF-8") from error
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: unreadable file, or not JSON.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON that can be read: {error}") from error
+
+
+def read_names(path: Path) -> dict[str, int]:
+    """Names, one a line, in order, with the number of the line (from 1) that has each first; blank lines are none.
+
+    Raises:
+        DataError: see `read_text`.
+    """
+    names: dict[str, int] = {}
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            names.setdefault(line.strip(), number)
+    return names
+
+
+@contextmanager
+def laid_out(path: Path, layout: str) -> Iterator[None]:
+    """Within it, what does not go with the ``layout`` of a file raises a `DataError` that says which is expected."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise DataError(f"{path}: another layout than {layout} ({type(error).__name__}: {error})") from error
+
+
+def listed(value: object) -> list[Any]:
+    """A list as it is. Raises `TypeError` for anything else, of which texts would fall apart into letters."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"expected a list, got {type(value).__name__}")
+    return list(value)
+
+
+def given_or_there(root: Path, given: Path | None, usual: Path) -> Path | None:
+    """The file ``given`` below ``root``; None where it is None, or missing under its ``usual`` name."""
+    if given is None or (given == usual and not (root / given).exists()):
+        return None
+    return root / given
+
+
 def read_vocabulary(path: Path) -> tuple[str, ...]:
     """Answers of a JSON list, or of a JSON object of answers and positions, in order.
 
     Raises:
         DataError: unreadable file, another form, an empty or repeated answer, positions that are not 0..A-1.
     """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error.msg} at line {error.lineno})") from error
+    content = read_json(path)
     if isinstance(content, dict):
         if sorted(content.values(), key=str) != sorted(range(len(content)), key=str):
             raise DataError(f"{path}: the positions of the answers must be 0 to {len(content) - 1}, each once")

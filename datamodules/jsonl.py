@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
-from fulgurite.datamodules.files import Folder, read_jsonl, read_vocabulary, require_root
+from fulgurite.datamodules.files import Folder, given_or_there, read_jsonl, read_vocabulary, require_root
 from fulgurite.samples import DataError, DataInfo, Sample, Video
 
 FILES: dict[Split, Path] = {
@@ -93,10 +93,8 @@ class JsonlDataModule(FulguriteDataModule):
 
     def path(self, split: Split) -> Path | None:
         """The file of ``split``; None where the folder has none."""
-        name = self.files[split]
-        if name is not None and (name != FILES[split] or (self.root / name).exists()):
-            return self.root / name
-        return self.path("test") if split == "predict" else None
+        path = given_or_there(self.root, self.files[split], FILES[split])
+        return self.path("test") if path is None and split == "predict" else path
 
     def _answers(self, alone: bool) -> tuple[str, ...]:
         if self.vocabulary is not None:

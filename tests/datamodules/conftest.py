@@ -50,6 +50,25 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "a.mp4"
+    write_clip(path, count=25)
+    return path
+
+
+@pytest.fixture
+def clips(clip_file):
+    """Puts the same small clip (25 frames, 10 a second) into a folder under each of some names."""
+
+    def put(folder, names):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(clip_file.read_bytes())
+
+    return put
+
+
 class MeanCollator:
     needs = ("question", "video|features.mean")
 
