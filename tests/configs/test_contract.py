@@ -16,6 +16,8 @@ BACKBONES = ["PrefixEncoder", "FrozenBiLM"]
 # Their pairs are in test_pictures.py.
 PICTURE_MODULES = ["AdaMerging", "ImageClassifier"]
 PICTURE_DATAMODULES = ["ImageFolder", "Pictures", "UnlabelledTasks"]
+# Captions and no questions: they are for retrieval.
+CAPTION_DATAMODULES = ["ActivityNet", "CaptionWorlds", "CaptionedVideos", "Didemo", "Lsmdc", "MsrVtt", "Msvd", "Vatex"]
 # What a DataModule fills, by the backbone whose fields they are. The official sets have CLIP features and raw videos.
 FILLED = {"PrefixEncoder": ALL_DATAMODULES, "FrozenBiLM": ["VideoQADataModule", "SixDomains"]}
 
@@ -137,4 +139,4 @@ def test_no_module_or_datamodule_is_missing_in_the_lists():
                 if issubclass(each, base) and not inspect.isabstract(each):
                     names.add(name)
     assert found[pl.LightningModule] == {*ALL_MODULES, *PICTURE_MODULES}
-    assert found[pl.LightningDataModule] == {*ALL_DATAMODULES, *PICTURE_DATAMODULES}
+    assert found[pl.LightningDataModule] == {*ALL_DATAMODULES, *PICTURE_DATAMODULES, *CAPTION_DATAMODULES}
