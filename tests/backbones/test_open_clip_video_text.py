@@ -1,0 +1,456 @@
+"""Tokens of several kinds of towers against open_clip's own features, and what must hold of any of them."""
+
+import copy
+import json
+
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fulgurite.backbones.open_clip_video_text import OpenClipVideoText
+from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.lora import LoRA
+from fulgurite.methods.retrieval.patch_shift import shift_patches
+from fulgurite.samples import Sample
+
+CAPTIONS = ("a dog runs", "two cats sit on a mat and sleep")
+WORDS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VIEW = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
+TIMM = {"image_size": 64, "timm_model_name": "test_vit", "timm_pool": "token"}
+CONV = {"image_size": 64, "timm_model_name": "test_efficientnet", "timm_pool": "avg"}
+BERT = {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+KINDS = {
+    "clip": (VIEW, WORDS, {"quick_gelu": True}),
+    "averaging": (VIEW | {"pool_type": "avg"}, WORDS | {"proj_bias": True}, {"custom_text": True}),
+    "averaging_then_norm": (VIEW | {"pool_type": "avg", "final_ln_after_pool": True}, WORDS, {}),
+    "other_attention": (VIEW | {"qk_norm": True}, WORDS | {"scale_fc": True}, {}),
+    "whole_context": (VIEW, WORDS | {"no_causal_mask": True, "pool_type": "last"}, {"custom_text": True}),
+    "timm_vit": (TIMM, WORDS | {"width": 48, "heads": 3}, {}),
+    "timm_vit_averaging": (TIMM | {"timm_pool": "avg", "timm_proj": "mlp"}, BERT, {}),
+    "timm_convolutions": (CONV, BERT | {"hf_proj_type": "mlp"}, {}),
+    "timm_classifier": (CONV | {"timm_model_name": "test_convnext", "timm_proj": ""}, BERT, {}),
+    "resnet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, WORDS, {}),
+}
+OWN = ("attention_output", "feed_forward_input", "feed_forward_output")
+
+
+class Frames:
+    """A video of fixed noise."""
+
+    fps, seconds, num_frames = 4.0, None, 8
+
+    def __init__(self, name, num_frames=8):
+        self.name, self.num_frames = name, num_frames
+
+    def frames(self, indices):
+        generator = torch.Generator().manual_seed(ord(self.name))
+        noise = torch.randint(256, (self.num_frames, 3, 32, 32), dtype=torch.uint8, generator=generator)
+        return noise[list(indices)]
+
+
+def config(kind):
+    view, words, rest = KINDS[kind]
+    return {"embed_dim": 32, "vision_cfg": dict(view), "text_cfg": dict(words), **rest}
+
+
+@pytest.fixture
+def make(tiny_bert):
+    def build(kind="clip", **options):
+        given = {"model": config(kind), "num_frames": 2, "max_words": 16, "frame_rule": "uniform"}
+        text = {"text": str(tiny_bert)} if KINDS[kind][1].get("hf_pooler_type") else {}
+        return OpenClipVideoText(**{**given, "pretrained": None, **text, **options})
+
+    return build
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def samples(*frames):
+    return [
+        Sample(name, "d", task="retrieval", captions=CAPTIONS[: 1 + number], video=Frames(name, count))
+        for number, (name, count) in enumerate(zip("ab", frames or (8, 8)))
+    ]
+
+
+def run(backbone, batch=None):
+    """Words, captions and frames of a batch, one after the other."""
+    batch = batch or backbone.collator("fit")(samples())
+    text, video = backbone.text_tokens(batch), backbone.video_tokens(batch)
+    return text.words, text.sentence, video.tokens
+
+
+def plain(backbone, kind):
+    """open_clip's own model with the same weights, built apart."""
+    custom = hasattr(backbone.model, "text")
+    if KINDS[kind][1].get("hf_pooler_type"):
+        return copy.deepcopy(backbone.model)
+    arguments = {name: value for name, value in config(kind).items() if name != "custom_text"}
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments).eval()
+    if hasattr(model.visual, "trunk"):
+        model.visual.set_input_size((64, 64))
+    model.load_state_dict(backbone.model.state_dict())
+    return model
+
+
+@torch.no_grad()
+def test_captions_and_frames_are_open_clips_own_features(make, kind):
+    backbone = make(kind)
+    batch = backbone.collator("fit")(samples())
+    words, sentence, tokens = run(backbone, batch)
+    reference = plain(backbone, kind)
+    assert words.shape == (3, 16, 32)
+    assert tokens.shape[:2] == (2, 2)
+    torch.testing.assert_close(sentence, reference.encode_text(batch["text"]), rtol=1e-4, atol=1e-5)
+    frames = reference.encode_image(batch["pixels"].flatten(0, 1)).unflatten(0, (2, 2))
+    torch.testing.assert_close(tokens[:, :, 0], frames, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tokens_of_clip_are_all_of_the_last_block_projected(make):
+    backbone = make("clip")
+    batch = backbone.collator("fit")(samples())
+    words, _, tokens = run(backbone, batch)
+    reference = plain(backbone, "clip")
+    reference.visual.output_tokens = True
+    _, patches = reference.visual(batch["pixels"].flatten(0, 1))
+    assert tokens.shape == (2, 2, 17, 32)
+    torch.testing.assert_close(tokens[:, :, 1:].flatten(0, 1), patches @ reference.visual.proj, rtol=1e-4, atol=1e-5)
+    last = reference.forward_intermediates(text=batch["text"], normalize_intermediates=True)["text_intermediates"][-1]
+    torch.testing.assert_close(words, last @ reference.text_projection, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_cells_of_timm_go_through_the_head_one_by_one(make):
+    backbone = make("timm_convolutions", grid=2)
+    pixels = torch.randn(3, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    visual = backbone.model.visual
+    found = visual.trunk.forward_features(pixels)  # (3, C, 4, 4)
+    assert found.shape[-2:] == (4, 4)
+    expected = torch.stack([found[:, :, y : y + 2, x : x + 2].mean((2, 3)) for y in (0, 2) for x in (0, 2)], dim=1)
+    tokens = backbone.picture_tokens.trunk(visual, pixels)
+    torch.testing.assert_close(tokens[:, 1:], expected)
+    weight = visual.head.proj.weight
+    torch.testing.assert_close(backbone.picture_tokens.project(visual, tokens), tokens @ weight.T)
+
+    vit = make("timm_vit_averaging")
+    features = vit.model.visual.trunk.forward_features(pixels[..., :64, :64])
+    torch.testing.assert_close(
+        vit.picture_tokens.trunk(vit.model.visual, pixels[..., :64, :64])[:, 1:],
+        vit.model.visual.trunk.fc_norm(features[:, 1:]),
+    )
+
+
+@torch.no_grad()
+def test_words_of_a_hugging_face_tower_are_its_states_projected(make):
+    backbone = make("timm_convolutions")
+    batch = backbone.collator("fit")(samples())
+    words, sentence, _ = run(backbone, batch)
+    tower, mask = backbone.model.text, batch["text_mask"]
+    states = tower.transformer(input_ids=batch["text"], attention_mask=mask.long()).last_hidden_state
+    torch.testing.assert_close(words, tower.proj(states))
+    mean = torch.stack([row[real].mean(0) for row, real in zip(states, mask)])
+    torch.testing.assert_close(sentence, tower.proj(mean), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_changes_no_caption_and_no_real_word(make, kind):
+    if kind == "whole_context":
+        with pytest.raises(ValueError, match=r"reads padding.*set max_words=16 and pad_to=max_words"):
+            make(kind, pad_to="longest")
+        return
+    backbone, tight = make(kind), make(kind, pad_to="longest")
+    batch = tight.collator("fit")(samples())
+    assert batch["text"].shape[1] < 16
+    words, sentence, _ = run(backbone)
+    fewer, same, _ = run(tight, batch)
+    torch.testing.assert_close(same, sentence, rtol=1e-4, atol=1e-5)
+    mask = batch["text_mask"]
+    torch.testing.assert_close(fewer[mask], words[:, : mask.shape[1]][mask], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fewer_words_than_the_context_are_its_beginning(make):
+    words, sentence, _ = run(make("clip"))
+    fewer, same, _ = run(make("clip", max_words=12))
+    torch.testing.assert_close(same, sentence)
+    torch.testing.assert_close(fewer, words[:, :12])
+    cut = make("clip", max_words=5, long_captions="cut").collator("fit")(samples())
+    assert cut["text"].shape == (3, 5)
+    assert cut["cut"].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("clip", {f"{tower}{point}" for tower in ("", "vision_", "text_") for point in OWN}),
+        ("other_attention", {f"{tower}{point}" for tower in ("", "vision_", "text_") for point in OWN}),
+        ("averaging", {f"{t}{p}" for t in ("", "vision_", "text_") for p in OWN} | {"text_projection"}),
+        ("timm_vit", {f"{t}{p}" for t in ("", "vision_", "text_") for p in OWN} | {"vision_projection"}),
+        (
+            "timm_convolutions",
+            {
+                f"{tower}{point}"
+                for tower in ("", "text_")
+                for point in (*OWN, "query", "key", "value", "attention_norm", "feed_forward_norm")
+            }
+            | {"vision_projection", "text_projection"},
+        ),
+    ],
+)
+def test_every_point_acts_on_its_own_tower(make, kind, expected):
+    backbone = make(kind)
+    assert set(backbone.spec.points) == expected
+    batch = backbone.collator("fit")(samples())
+    with torch.no_grad():
+        before = run(backbone, batch)
+    for point in sorted(expected):
+        adapted = copy.deepcopy(backbone)
+        adapter = Bottleneck if "norm" in point else LoRA
+        bank = AdapterBank(adapted, [Placement([point], adapter)])
+        for each in bank.adapters_of("live").values():
+            torch.nn.init.normal_(each.up.weight, generator=torch.Generator().manual_seed(1))
+        assert len(bank.sites) == backbone.spec.points[point][1]
+        found = [not torch.allclose(new, old) for new, old in zip(run(adapted, batch), before)]
+        vision, text = not point.startswith("text_"), not point.startswith("vision_")
+        if kind == "timm_convolutions" and not point.startswith("vision_"):
+            vision = False  # convolutions have no such places
+        assert found == [text, text, vision], point
+        sum(x.square().sum() for x in run(adapted, batch)).backward()
+        assert all(p.grad is not None and p.grad.any() for p in bank.parameters_of("live")), point
+
+
+def test_fresh_adapters_at_every_layer_change_nothing(make):
+    backbone = make("clip")
+    with torch.no_grad():
+        before = run(backbone)
+        bank = AdapterBank(backbone, [Placement(["attention_output", "feed_forward_output"], Bottleneck)])
+        assert len(bank.sites) == 8
+        assert all(torch.equal(new, old) for new, old in zip(run(backbone), before))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["clip", "timm_vit"])
+def test_patches_shift_where_the_option_says(make, kind):
+    still, shifted = make(kind), make(kind, patch_shift=[1])
+    assert shifted.state_dict().keys() == still.state_dict().keys()
+    batch = still.collator("fit")(samples())
+    expected = copy.deepcopy(still)
+    tower = expected.model.visual
+    norm = tower.trunk.blocks[1].norm1 if kind == "timm_vit" else tower.transformer.resblocks[1].ln_1
+    norm.register_forward_hook(lambda module, args, output: shift_patches(output, 2))
+    assert torch.equal(run(shifted, batch)[2], run(expected, batch)[2])
+    assert not torch.allclose(run(shifted, batch)[2], run(still, batch)[2])
+    assert torch.equal(run(shifted, batch)[1], run(still, batch)[1])
+    alone = {**batch, "pixels": batch["pixels"][:, :1], "frame_mask": batch["frame_mask"][:, :1]}
+    torch.testing.assert_close(run(shifted, alone)[2], run(still, alone)[2])
+    turned = {**batch, "pixels": batch["pixels"].flip(0)}
+    torch.testing.assert_close(run(shifted, turned)[2].flip(0), run(shifted, batch)[2])
+    copied = copy.deepcopy(shifted)
+    assert torch.equal(run(copied, batch)[2], run(shifted, batch)[2])
+
+
+def test_all_but_the_published_parameters_train(make, kind):
+    backbone = make(kind)
+    backbone.unfreeze()
+    still = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    if kind == "clip":
+        inside = ("positional_embedding", "class_embedding", "conv1.weight", "ln_pre.weight", "ln_pre.bias")
+        visual = {f"model.visual.{name}" for name in inside}
+        text = {f"model.{name}" for name in ("token_embedding.weight", "positional_embedding", "logit_scale")}
+        assert still == visual | text
+    words, _, tokens = run(backbone)
+    (words.square().sum() + tokens.square().sum() + run(backbone)[1].square().sum()).backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == (name not in still), name
+    with pytest.raises(LookupError, match="no_such"):
+        backbone.unfreeze(["no_such"])
+
+
+def test_training_mode_reaches_towers_that_train_but_no_running_statistics(make):
+    backbone = make("timm_convolutions")
+    trunk, dropout = backbone.model.visual.trunk, backbone.model.text.transformer.embeddings.dropout
+    backbone.train()
+    assert not dropout.training
+    assert not trunk.training
+    backbone.unfreeze()
+    backbone.train()
+    assert dropout.training
+    assert trunk.training
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    assert not torch.equal(run(backbone)[0], run(backbone)[0])
+    assert torch.equal(run(backbone)[2], run(backbone)[2])
+    assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
+    assert torch.equal(run(backbone.eval())[0], run(backbone)[0])
+    asked = make("timm_convolutions", train_dropout="official").train()
+    assert asked.model.text.transformer.embeddings.dropout.training
+
+
+@torch.no_grad()
+def test_stored_tokens_give_what_the_frames_give(make, kind):
+    backbone = make(kind, num_frames=3, frame_rule="official_dam")
+    plain_samples = samples(8, 2)
+    collate = backbone.collator("fit")
+    batch = collate(plain_samples)
+    assert not batch["frame_mask"].all()
+    extractor = backbone.feature_extractor()
+    encoder, stored = extractor.encoder, []
+    for sample in plain_samples:
+        frames = sample.video.frames(extractor.sampling.indices(sample.video))
+        tokens = encoder(encoder.transform(frames))
+        stored.append(Sample(sample.id, "d", captions=sample.captions, features={encoder.name: tokens}))
+    held = collate(stored)
+    assert "pixels" not in held
+    torch.testing.assert_close(run(backbone, held)[2], run(backbone, batch)[2], rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_stored_only_where_the_trunk_stays_as_it_is(make):
+    assert make("clip").trunk_is_fixed
+    for options in ({"patch_shift": [0]}, {}):
+        changing = make("clip", **options)
+        if not options:
+            changing.unfreeze()
+        assert changing.feature_extractor() is None
+        assert changing.collator("fit").encoder is None
+    adapted = make("timm_vit")
+    AdapterBank(adapted, [Placement(["vision_projection", "text_attention_output"], LoRA)])
+    assert adapted.feature_extractor() is not None
+    batch = adapted.collator("fit")(samples())
+    batch["tokens"] = adapted.feature_extractor().encoder(batch.pop("pixels").flatten(0, 1)).unflatten(0, (2, 2))
+    AdapterBank(adapted, [Placement(["vision_attention_output"], LoRA)])
+    assert adapted.feature_extractor() is None
+    with pytest.raises(ValueError, match="stored tokens of frames"):
+        adapted.video_tokens(batch)
+
+
+def test_stored_tokens_are_known_by_trunk_and_preparation(make):
+    digests = {
+        name: make("clip", **options).feature_extractor().encoder.fingerprint
+        for name, options in {
+            "one": {},
+            "same": {},
+            "grid": {"grid": 2},
+            "fit": {"fit": "stretch"},
+            "w": {"seed": 1},
+        }.items()
+    }
+    assert digests["one"] == digests["same"]
+    assert len(set(digests.values())) == 4
+    backbone = make("clip")
+    with torch.no_grad():
+        backbone.model.visual.proj.zero_()
+    assert backbone.feature_extractor().encoder.fingerprint == digests["one"]
+
+
+def test_facts_for_a_head(make):
+    backbone = make("clip")
+    facts = backbone.tower_facts()
+    assert (facts.width, facts.heads) == (32, 2)
+    assert facts.logit_scale == pytest.approx(float(backbone.model.logit_scale))
+    expected = {
+        name: tensor
+        for name, tensor in open_clip.CLIP(**config("clip")).state_dict().items()
+        if name.startswith("transformer.") or name == "positional_embedding"
+    }
+    assert {name: t.shape for name, t in facts.text_blocks.items()} == {n: t.shape for n, t in expected.items()}
+    assert not make("timm_vit").tower_facts().text_blocks
+    assert not make("timm_convolutions").tower_facts().text_blocks
+
+
+def test_weights_come_from_files_and_folders(make, tmp_path):
+    from safetensors.torch import save_file
+
+    written = make("clip", seed=3)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(written.model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config("clip"), "preprocess_cfg": preprocess})
+    )
+    for options in (
+        {"pretrained": str(folder / "open_clip_model.safetensors")},
+        {"pretrained": str(folder), "model": str(folder)},
+    ):
+        read = make("clip", **options)
+        assert read.fingerprint == written.fingerprint
+    assert (read.transform.mean, read.transform.fit, read.transform.size) == ((0.1, 0.2, 0.3), "stretch", 32)
+    assert read.source == str(folder)
+    assert make("clip").transform.fit == "crop"
+
+
+def test_weights_of_timm_fill_the_trunk(make, tmp_path):
+    import timm
+
+    torch.manual_seed(5)
+    whole = timm.create_model("test_efficientnet")
+    torch.save({f"renamed.{name}": tensor for name, tensor in whole.state_dict().items()}, tmp_path / "w.pth")
+    backbone = make("timm_convolutions", vision_weights=str(tmp_path / "w.pth"))
+    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in backbone.model.visual.trunk.state_dict().items())
+    assert backbone.transform.mean == tuple(whole.pretrained_cfg["mean"])
+
+
+def test_random_weights_follow_the_seed_alone(make, kind):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    first = make(kind)
+    assert torch.equal(torch.rand(1), expected)
+    assert first.fingerprint == make(kind).fingerprint != make(kind, seed=1).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"model": "ViT-B-3"}, r"no model 'ViT-B-3'.*near: \['ViT-B"),
+        ({"model": {"embed_dim": 32}}, r"custom lacks \['text_cfg', 'vision_cfg'\]"),
+        ({"pretrained": "no_tag"}, "'no_tag' is no file or folder, and no weights of custom"),
+        ({"model": "ViT-B-32", "pretrained": "openai"}, "another GELU than ViT-B-32 has: model: ViT-B-32-quickgelu"),
+        ({"max_words": 17}, "max_words=17: the tower for text reads 3 to 16"),
+        ({"grid": 0}, "grid=0 must be positive"),
+        ({"patch_shift": [2]}, r"blocks \[2\], but there are 0 to 1"),
+        ({"vision_weights": "w.pth"}, "none of its"),
+        ({"num_frames": 0}, "count=0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, options, said, monkeypatch):
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: "nowhere")
+    with pytest.raises(ValueError, match=said):
+        make("clip", **options)
+
+
+def test_towers_without_such_tokens_are_refused(make, tmp_path):
+    for change in ({"attentional_pool": True}, {"timm_model_name": "test_efficientnet", "timm_pool": "rot_attn"}):
+        broken = config("clip")
+        broken["vision_cfg"] |= change
+        with pytest.raises(ValueError, match=r"attention has no token|open_clip's own"):
+            make("clip", model=broken)
+    with pytest.raises(ValueError, match="no blocks of attention"):
+        make("timm_convolutions", patch_shift=[0])
+    with pytest.raises(ValueError, match="embed_cls"):
+        make("averaging", model=config("averaging") | {"text_cfg": WORDS | {"embed_cls": True}})
+    (tmp_path / "a.pt").write_bytes(b"")
+    (tmp_path / "b.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="should hold one file of weights"):
+        make("clip", pretrained=str(tmp_path))
+    with pytest.raises(ValueError, match=r"grid=9 cells per side, but the tower has \(4, 4\)"):
+        run(make("clip", grid=9))
+    state = make("clip").model.state_dict()
+    state.pop("visual.proj")
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(ValueError, match="does not hold the weights of custom"):
+        make("clip", pretrained=str(tmp_path / "c.pth"))
+
+
+def test_a_copy_is_a_model_of_its_own(make):
+    backbone = make("clip")
+    copied = copy.deepcopy(backbone)
+    with torch.no_grad():
+        copied.model.visual.proj.zero_()
+        assert not run(copied)[2].any()
+        assert run(backbone)[2].any()
+    assert F.cosine_similarity(run(copied)[1], run(backbone)[1]).min() > 0.999
