@@ -126,7 +126,8 @@ class OpenClipVideoText(VideoTextBackbone):
             if hasattr(getattr(tower, "transformer", None), "resblocks"):
                 call_output_layers(tower.transformer)
         self.shift = PatchShift()
-        self._shift(patch_shift or [])
+        self.shifted = tuple(sorted(set(patch_shift or [])))
+        self._shift(self.shifted)
         self.spec = video_text_spec(self.model, "model.")
         self.never_tuned = never_tuned(self.model, "model.")
         self.freeze()
@@ -152,7 +153,7 @@ class OpenClipVideoText(VideoTextBackbone):
         norms = self.picture_tokens.norms(self.model.visual)
         if outside := [number for number in numbers if not 0 <= number < len(norms)]:
             raise ValueError(f"patch_shift names the blocks {outside}, but there are 0 to {len(norms) - 1}")
-        self.shift.attach(norms[number] for number in sorted(set(numbers)))
+        self.shift.attach(norms[number] for number in numbers)
 
     def train(self, mode: bool = True) -> OpenClipVideoText:
         """As in the base while frozen; towers that train are in training mode, but for their batch norms."""
