@@ -1,0 +1,63 @@
+"""Interactive similarity aggregation of UCoFiA (Wang et al., ICCV 2023, arXiv 2309.10091).
+
+Similarities weigh themselves:
+
+    ISA(x) = sum_j softmax_j(softmax(x / tau) M / tau) * x_j
+
+M is a learned square matrix that starts as the identity. The temperature tau divides in both softmaxes. The result lies
+between the smallest and the largest x_j whatever M is.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def interactive_similarity(x: Tensor, matrix: Tensor, temperature: float = 0.01, mask: Tensor | None = None) -> Tensor:
+    """ISA over the last axis, in float32 at least, also under autocast.
+
+    Args:
+        x: (..., n) similarities.
+        matrix: (m, m) with m >= n, of which the first n rows and columns are used.
+        temperature: tau.
+        mask: True for the entries that count, broadcastable to x; at least one of each row. The others get no weight
+            in either softmax. None counts all.
+
+    Returns:
+        (...).
+
+    Raises:
+        ValueError: x has more entries than the matrix has rows.
+    """
+    size = x.shape[-1]
+    if size > len(matrix):
+        raise ValueError(f"{size} similarities do not fit an aggregation matrix for up to {len(matrix)}")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        first = x / temperature
+        if mask is not None:
+            first = first.masked_fill(~mask, -torch.inf)
+        second = first.softmax(-1) @ matrix[:size, :size].to(x.dtype) / temperature
+        if mask is not None:
+            second = second.masked_fill(~mask, -torch.inf)
+        return (second.softmax(-1) * x).sum(-1)
+
+
+def identity_diagonals(size: int) -> Tensor:
+    """(2 size - 1,) such that `toeplitz` gives the identity: where a matrix shared by relative position starts."""
+    diagonals = torch.zeros(2 * size - 1)
+    diagonals[size - 1] = 1
+    return diagonals
+
+
+def toeplitz(diagonals: Tensor) -> Tensor:
+    """The matrix whose entry depends on the distance between row and column alone, so that it serves any length.
+
+    Args:
+        diagonals: (2 n - 1,), from the lowest left to the upper right: entry (i, j) is ``diagonals[j - i + n - 1]``.
+
+    Returns:
+        (n, n), of which the leading (m, m) is the matrix for m < n entries.
+    """
+    return diagonals.unfold(0, (len(diagonals) + 1) // 2, 1).flip(0)
