@@ -31,7 +31,7 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class Block(nn.Module):
+class TemporalBlock(nn.Module):
     """A block of CLIP, its norms first; parameters are named as in CLIP."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -62,7 +62,7 @@ class TemporalEncoder(nn.Module):
     def __init__(self, width: int, heads: int, layers: int = 4, positions: int = 12) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(positions, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(TemporalBlock(width, heads) for _ in range(layers))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
