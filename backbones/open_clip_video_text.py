@@ -178,6 +178,10 @@ class OpenClipVideoText(VideoTextBackbone):
             if name in UNUSED:
                 parameter.requires_grad_(False)
 
+    def caption_batch(self, captions: Sequence[str]) -> Batch:
+        """As in the base."""
+        return self.captions(captions, captions)
+
     def text_tokens(self, batch: Batch) -> TextTokens:
         """As in the base, of ``text`` (T, W)."""
         sentence, words = self.word_tokens.tokens(self.text_tower, batch["text"])

@@ -34,6 +34,10 @@ class VideoTextBackbone(FrozenBackbone):
     never_tuned: tuple[str, ...] = ()
 
     @abstractmethod
+    def caption_batch(self, captions: Sequence[str]) -> Batch:
+        """``text`` and ``text_mask`` of captions alone. Raises DataError for an empty or too long one."""
+
+    @abstractmethod
     def text_tokens(self, batch: Batch) -> TextTokens:
         """Captions of a batch in the width shared with videos."""
 

@@ -35,6 +35,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value of the rank ``source``, on every rank; those of the others are not looked at. A collective."""
+        if self.size == 1:
+            return value
+        values = [value if self.rank == source else None]
+        dist.broadcast_object_list(values, src=source, group=self.group)
+        return values[0]
+
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in its place. A collective."""
         if self.size > 1:

@@ -73,6 +73,11 @@ class ScoreNormalizer(ABC):
 
     mode: ClassVar[Literal["single-query", "transductive"]]
 
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether `apply` must see all candidates of a query at once; else some, with ``fitted`` of those."""
+        return False
+
     @abstractmethod
     def fit(self, blocks: Blocks, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """What is known of the candidates, as tensors that can be stored.

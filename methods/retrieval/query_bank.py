@@ -43,6 +43,11 @@ class QueryBank(ScoreNormalizer):
         self.beta = beta
         self.dynamic = dynamic
 
+    @property
+    def needs_whole_rows(self) -> bool:
+        """A row's best candidate decides, where ``dynamic``."""
+        return self.dynamic
+
     @torch.no_grad()
     def fit(self, blocks: Blocks, ranks: Ranks = ALONE) -> dict[str, Tensor]:
         """``bias`` (L, N), and ``hubs`` (L, N): the best candidates of the bank's queries."""

@@ -1,0 +1,317 @@
+"""Video-text retrieval: two towers, a head that compares them, trained to tell pairs apart (UCoFiA, CLIP4Clip, X-CLIP).
+
+Every process embeds its own pairs. Features travel to all processes with their gradients, each process scores its own
+texts against all videos, and the rows are put together: so W processes have the loss and the gradients of one process
+with the W-fold batch, and share its work. (The published gather gives the towers 1/W of the gradient.)
+
+Legend: B pairs of all processes, b those of this one, T texts, V videos, L levels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from fulgurite.backbones.video_text import VideoTextBackbone
+from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.random import digest_of
+from fulgurite.methods.ranks import Ranks
+from fulgurite.methods.retrieval.features import TextFeatures, VideoFeatures
+from fulgurite.methods.retrieval.head import RetrievalHead
+from fulgurite.methods.retrieval.losses import PairLoss, SymmetricCrossEntropy
+from fulgurite.methods.retrieval.normalizers import ScoreNormalizer
+from fulgurite.methods.schedules import Schedule
+from fulgurite.metrics.retrieval_recall import RetrievalRecall
+from fulgurite.modules.adapted import AdaptedModule
+from fulgurite.modules.optimization import ParamGroup
+from fulgurite.modules.retrieval_evaluation import Direction, Evaluation, Normalizing, Ranking, Shelf
+from fulgurite.reports.page import Section
+from fulgurite.reports.retrieval import sections_of_retrieval
+from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage
+
+Embedded = tuple[TextFeatures, VideoFeatures]
+
+
+class VideoTextRetrieval(AdaptedModule):
+    """A dual encoder and a head, fine-tuned with all their weights or by adapters.
+
+    Names of trained tensors, for ``param_groups``: ``head...``, and ``backbone...`` where all weights train, or those
+    of the live adapter set.
+
+    Args:
+        backbone: gives tokens of captions and videos.
+        head: what is compared of them, and how.
+        adapters: what trains beside the frozen backbone, and where; None trains the backbone itself.
+        frozen: patterns of the backbone's parameters that do not train without adapters; None takes the published ones.
+        train_head: whether the head trains.
+        loss: of the (B, B) scores of a batch.
+        checkpoint: file of a published model (UCoFiA, CLIP4Clip, X-CLIP) that backbone and head start from.
+        selection_seed: of what is random in the head while training, together with step and sample.
+        normalizer: of the scores of a test, beside which the raw ones are reported; None for these alone.
+        normalize: directions that are normalised.
+        bank_texts: training captions in the bank of a single-query normaliser, for text-to-video.
+        bank_videos: training videos in its bank, for video-to-text.
+        bank_seed: of the draw of both.
+        optimizer: builds the optimizer from parameter groups.
+        schedule: learning-rate factor within a stage; every stage starts it afresh.
+        param_groups: tensors with their own learning rate or weight decay; the rest uses the optimizer's.
+    """
+
+    saved_parts = ("bank", "head")
+
+    def __init__(
+        self,
+        backbone: VideoTextBackbone,
+        head: RetrievalHead,
+        adapters: list[Placement] | None = None,
+        frozen: list[str] | None = None,
+        train_head: bool = True,
+        loss: PairLoss | None = None,
+        checkpoint: Path | None = None,
+        selection_seed: int = 0,
+        normalizer: ScoreNormalizer | None = None,
+        normalize: list[Direction] | None = None,
+        bank_texts: int = 2048,
+        bank_videos: int = 256,
+        bank_seed: int = 0,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule | None = None,
+        param_groups: list[ParamGroup] | None = None,
+    ) -> None:
+        if adapters is not None and not adapters:
+            raise ValueError("model.init_args.adapters is empty: name placements, or null to train the backbone itself")
+        if adapters is not None and frozen is not None:
+            raise ValueError("model.init_args.frozen is for training the backbone itself: leave it or adapters out")
+        super().__init__(backbone, adapters or [], optimizer, schedule, param_groups)
+        self.head = head
+        self.head.build(backbone.tower_facts())
+        if checkpoint is not None:
+            from fulgurite.backbones.retrieval_checkpoints import load_retrieval_checkpoint
+
+            load_retrieval_checkpoint(checkpoint, backbone, head)
+        self.head.requires_grad_(train_head)
+        self.tuned = self.self_contained = adapters is None
+        if self.tuned:
+            backbone.unfreeze(frozen)
+        self.loss = loss or SymmetricCrossEntropy()
+        self.selection_seed = selection_seed
+        self.normalizer, self.normalize = normalizer, tuple(normalize or ("text_to_video", "video_to_text"))
+        self.bank_sizes: dict[str, int] = {"texts": bank_texts, "videos": bank_videos}
+        self.bank_seed = bank_seed
+
+    def build(self, info: DataInfo, stages: Sequence[Stage]) -> None:
+        """Nothing here has a shape that depends on the data."""
+
+    def setup(self, stage: str) -> None:
+        """As in the base, on any data."""
+        datamodule = self.trainer.datamodule
+        self.data_info = datamodule.info()
+        if stage == "fit" or self.info is None:
+            self.prepare(self.data_info, datamodule.stages())
+
+    def configure_model(self) -> None:
+        """As in the base; parts of the module that are called by themselves gather its slices too."""
+        super().configure_model()
+        if self.device_mesh is not None:
+            for name in ("embed", "levels_of"):
+                register_fsdp_forward_method(self, name)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The head and the live set, or the backbone's own parameters."""
+        parts = {"head": self.head, "backbone": self.backbone}
+        named = {
+            f"{part}.{name}": tensor
+            for part, module in parts.items()
+            for name, tensor in module.named_parameters()
+            if tensor.requires_grad
+        }
+        return named if self.tuned else {**super().trained(), **named}
+
+    def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As in the base, and the head; all weights of a model that was trained as a whole."""
+        if self.tuned:
+            return dict(tensors)
+        head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
+        return {**super().initial_weights(tensors), **head}
+
+    def on_fit_start(self) -> None:
+        """As in the base; the backbone is put into the mode of training, in which Lightning does not put it."""
+        super().on_fit_start()
+        self.train()
+
+    def embed(self, batch: Batch, seeds: Sequence[int] | None = None) -> Embedded:
+        """What is compared of the captions and of the videos of a batch."""
+        texts = self.head.embed_text(self.backbone.text_tokens(batch))
+        return texts, self.head.embed_video(self.backbone.video_tokens(batch), seeds)
+
+    def levels_of(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
+        """(L, T, V) scores at the levels of the head."""
+        return self.head.similarity(texts, videos)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, B) scores of this step's pairs, those of all processes, the same on each; rows are texts."""
+        texts, videos = self.embed(batch, self.seeds(batch))
+        everywhere = VideoFeatures.from_tensors(
+            {name: self.gathered(tensor) for name, tensor in videos.tensors().items()}
+        )
+        return self.gathered(self.levels_of(texts, everywhere).mean(0))
+
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The rows of all processes, in order of rank, with gradients that sum over them."""
+        if self.trainer.world_size == 1:
+            return tensor
+        if not tensor.is_floating_point():
+            return self.all_gather(tensor).flatten(0, 1)
+        return self.all_gather(tensor, sync_grads=True).flatten(0, 1)
+
+    def seeds(self, batch: Batch) -> list[int]:
+        """One number per video of a batch, by step and sample alone."""
+        step = self.trainer.global_step
+        return [
+            digest_of(self.selection_seed, "selection", step, f"{domain}/{name}") >> 65
+            for domain, name in zip(batch["domain"], batch["id"])
+        ]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the global batch, on every process; repeats that keep processes in step count nowhere."""
+        scores = self(batch)
+        videos, counted = self.gathered(batch["video_id"]), self.gathered(batch["counted"])
+        loss = self.loss(scores, videos[:, None] == videos, counted)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(counted))
+        self.log("train/logit_scale", self.head.logit_scale.detach().exp().mean(), batch_size=len(counted))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the scale within its limit after every step."""
+        super().optimizer_step(*args, **kwargs)
+        self.head.clamp()
+
+    def on_validation_start(self) -> None:
+        """Each validation begins with nothing."""
+        self.shelf = Shelf()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keep the features of a batch."""
+        self.shelf.add(*self.embed(batch), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log recalls of the raw scores at all levels, ``val/text_to_video/R@1`` and so on."""
+        if not self.trainer.sanity_checking:
+            self.log_figures("val", self.figures(self.ranking(self.shelf)))
+        del self.shelf
+
+    def on_test_start(self) -> None:
+        """Each test begins with nothing, and with the bank where scores are normalised by one."""
+        self.shelf = Shelf()
+        self.normalizing = None if self.normalizer is None else self.with_bank(self.normalizer)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keep the features of a batch."""
+        self.shelf.add(*self.embed(batch), batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log recalls at all levels, of the normalised scores where there are such, and keep those of all variants."""
+        ranking = self.ranking(self.shelf, self.normalizing)
+        self.test_results = {
+            "variants": {name: self.figures(ranking, name) for name in ranking.counts},
+            "levels": list(self.head.levels),
+            "normalizer": None if self.normalizer is None else type(self.normalizer).__name__,
+            "mode": None if self.normalizer is None else self.normalizer.mode,
+            "videos": len(ranking.rows),
+            "captions": sum(len(row["captions"]) for row in ranking.rows),
+        }
+        self.log_figures("test", list(self.test_results["variants"].values())[-1])
+        self.test_answers = ranking.answers()
+        del self.shelf, self.normalizing
+
+    def report_sections(self, samples: Sequence[Sample]) -> list[Section]:
+        """The table of variants, and examples with pictures; see `ReportSource`."""
+        return sections_of_retrieval(self.test_results, self.test_answers, samples)
+
+    def scores(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Recalls of the raw scores of the present weights; see `Scored`."""
+        shelf = Shelf()
+        for batch in batches:
+            shelf.add(*self.embed(batch), batch)
+        return self.figures(self.ranking(shelf))
+
+    @torch.no_grad()
+    def ranking(self, shelf: Shelf, normalizing: Normalizing | None = None) -> Ranking:
+        """Ranks of what all processes have on their shelves."""
+        ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        return Evaluation(shelf, self.score_block, self.head.levels, ranks, normalizing).run()
+
+    def score_block(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
+        """(L, T, V) scores, of features from the CPU and back there."""
+        here = (each.map(lambda tensor: tensor.to(self.device)) for each in (texts, videos))
+        return self.levels_of(*here).float().cpu()
+
+    def figures(self, ranking: Ranking, variant: str | None = None) -> dict[str, float]:
+        """Recalls by name, of one variant (the last one when None), with those of each domain where there are several.
+
+        All processes call it.
+        """
+        domains = sorted({row["domain"] for row in ranking.rows})
+        metric = RetrievalRecall(groups=domains if len(domains) > 1 else ())
+        counts = ranking.counts[variant or list(ranking.counts)[-1]]
+        metric.update(counts, group=ranking.groups(domains) if len(domains) > 1 else None)
+        return {name: float(value) for name, value in metric.to(self.device).compute().items()}
+
+    def log_figures(self, prefix: str, figures: Mapping[str, float]) -> None:
+        """Log them; every process calls it with the same."""
+        for name, value in figures.items():
+            if value == value:
+                self.log(f"{prefix}/{name}", value, prog_bar=name == "text_to_video/R@1")
+
+    def with_bank(self, normalizer: ScoreNormalizer) -> Normalizing:
+        """The normaliser with the features of its bank, of which each process computes a share.
+
+        Raises:
+            DataError: it needs a bank, and the data have no training split.
+        """
+        if normalizer.mode == "transductive":
+            return Normalizing(normalizer, directions=self.normalize)
+        data = self.trainer.datamodule
+        samples = data.samples("train")
+        if not samples:
+            raise DataError(
+                f"{type(normalizer).__name__} needs a bank of training captions, and {data.place('train')} has none: "
+                "give the data a training split, or leave model.init_args.normalizer out"
+            )
+        generator = torch.Generator().manual_seed(self.bank_seed)
+        drawn = [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
+        texts = videos = None
+        if "text_to_video" in self.normalize:
+            texts = self.bank_of_texts([caption for sample in drawn for caption in sample.captions])
+        if "video_to_text" in self.normalize:
+            unique = {sample.video: sample for sample in drawn}
+            videos = self.bank_of_videos(list(unique.values())[: self.bank_sizes["videos"]])
+        return Normalizing(normalizer, texts, videos, self.normalize)
+
+    @torch.no_grad()
+    def bank_of_texts(self, captions: Sequence[str]) -> TextFeatures:
+        """This process's share of the first ``bank_texts`` of the captions."""
+        chosen, size = captions[: self.bank_sizes["texts"]], self.trainer.datamodule.eval_batch_size
+        own = chosen[self.trainer.global_rank :: self.trainer.world_size]
+        parts = []
+        for start in range(0, len(own), size):
+            batch = self.transfer_batch_to_device(
+                self.backbone.caption_batch(own[start : start + size]), self.device, 0
+            )
+            parts.append(self.head.embed_text(self.backbone.text_tokens(batch)).map(Tensor.cpu))
+        return TextFeatures.cat(parts)
+
+    @torch.no_grad()
+    def bank_of_videos(self, samples: Sequence[Sample]) -> VideoFeatures:
+        """This process's share of the videos of ``samples``."""
+        shelf = Shelf()
+        for batch in self.trainer.datamodule.loader("test", samples):
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            shelf.add(*self.embed(batch), batch)
+        return shelf.videos
