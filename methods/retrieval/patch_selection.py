@@ -61,7 +61,7 @@ def perturbed_topk(
     """How often each score is the first, second, .. of the k largest (by index) under noise.
 
     Memory beside the result and an estimate of the same size, which the backward pass needs: about 2 `NUMBERS` floats
-    and 3 `NUMBERS` k / d indices, 48 MiB for k = 3 of d = 49 in float32, or one row where that has more.
+    and 4 `NUMBERS` k / d indices (39 MiB for k = 3 of d = 49 in float32), or those of one row where it has more.
 
     Args:
         scores: (B, d).
