@@ -38,10 +38,12 @@ class Level:
     fill: Callable[..., None] | None = None
 
 
-def tile_shape(num_texts: int, num_videos: int, entries: int, device: torch.device) -> tuple[int, int]:
-    """Texts and videos of a tile: one text to four videos where there are enough of both."""
-    pairs = max(1, (CACHE_ENTRIES if device.type == "cpu" else GPU_ENTRIES) // entries)
-    texts = max(1, min(num_texts, math.isqrt(pairs) // 2))
+def tile_shape(
+    num_texts: int, num_videos: int, entries: int, device: torch.device, in_cache: int = CACHE_ENTRIES
+) -> tuple[int, int]:
+    """Texts and videos of a tile: as many of both where there are enough."""
+    pairs = max(1, (in_cache if device.type == "cpu" else GPU_ENTRIES) // entries)
+    texts = max(1, min(num_texts, math.isqrt(pairs)))
     videos = max(1, min(num_videos, pairs // texts))
     return max(1, pairs // videos), videos
 
