@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Vocabulary(ABC):
-    """A tokenizer of open_clip that does not cut or pad by itself.
+    """A tokenizer of open_clip that does not cut or pad by itself. Copies of a model share it.
 
     Attributes:
         pad: the id of padding.
@@ -37,6 +37,9 @@ class Vocabulary(ABC):
     @abstractmethod
     def shortened(self, caption: str, length: int) -> list[int]:
         """The first ``length`` - 1 ids of a longer caption, and that of its end."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Vocabulary:
+        return self
 
 
 class PairVocabulary(Vocabulary):

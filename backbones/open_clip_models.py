@@ -179,6 +179,9 @@ def _prepare(config: dict[str, Any], text: str | None, load_text: bool) -> None:
     if text is not None:
         words["hf_model_name"] = words["hf_tokenizer_name"] = text
     if "hf_model_name" in words:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # the weights are read in a moment
         words["hf_tokenizer_name"] = resolve_source(words.get("hf_tokenizer_name") or words["hf_model_name"])
         words["hf_model_name"] = resolve_source(words["hf_model_name"])
         words["hf_model_pretrained"] = load_text

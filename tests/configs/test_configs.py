@@ -17,7 +17,11 @@ SHIPPED = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglo
 RECORDS = [
     p for p in SHIPPED if not re.search(r"cli\.py (merge|prune|quantize)", (ROOT / p).read_text(encoding="utf-8"))
 ]
-TINY = {"PrefixEncoder": "configs/tiny/prefix_encoder.yaml", "FrozenBiLM": "configs/tiny/frozenbilm.yaml"}
+TINY = {
+    "PrefixEncoder": "configs/tiny/prefix_encoder.yaml",
+    "FrozenBiLM": "configs/tiny/frozenbilm.yaml",
+    "OpenClipVideoText": "configs/tiny/open_clip.yaml",
+}
 PICTURES = [  # which test_pictures.py runs
     "configs/merge/ada_merging.yaml",
     "configs/merge/picture_expert.yaml",
