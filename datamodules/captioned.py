@@ -46,6 +46,7 @@ class CaptionedDataModule(FulguriteDataModule):
     """
 
     usual_name = "own"
+    folder_option = "videos"
 
     def __init__(self, root: Folder, videos: Path = Path("videos"), domain: str | None = None, **loading: Any) -> None:
         super().__init__(**loading)
@@ -82,6 +83,10 @@ class CaptionedDataModule(FulguriteDataModule):
     def read(self, split: Split) -> list[Sample]:
         """The videos of ``split`` with their captions."""
         require_root(self.root)
+        if not self.videos.path.is_dir():
+            raise DataError(
+                f"{self.videos.path}: no such folder; the videos are looked for there, set --data.{self.folder_option}"
+            )
         videos: dict[str, Video] = {}
         captions: dict[str, list[str]] = {}
         for row in self.rows(split):

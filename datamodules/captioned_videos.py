@@ -35,6 +35,8 @@ class CaptionedVideos(CaptionedDataModule):
         loading: the options of `FulguriteDataModule`; the command line lists them one by one.
     """
 
+    folder_option = "media"
+
     def __init__(
         self,
         root: Folder,

@@ -28,14 +28,8 @@ class VideoFolder:
 
     @property
     def files(self) -> dict[str, list[Path]]:
-        """Files by their names without ending.
-
-        Raises:
-            DataError: there is no such folder.
-        """
+        """Files by their names without ending."""
         if self._files is None:
-            if not self.path.is_dir():
-                raise DataError(f"{self.path}: no such folder; the videos are looked for there, set --data.videos")
             self._files = {}
             for folder, _, names in os.walk(self.path, followlinks=True):
                 for name in names:

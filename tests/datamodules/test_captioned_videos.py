@@ -121,6 +121,8 @@ def test_files_that_are_not_there(own, tmp_path):
         own(train="other.jsonl").samples("train")
     with pytest.raises(DataError, match=r"nowhere: no such folder.*--data\.root"):
         CaptionedVideos(tmp_path / "nowhere").samples("train")
+    with pytest.raises(DataError, match=r"nowhere: no such folder.*set --data\.media"):
+        own(ROWS, media="nowhere", on_bad="skip").samples("train")
     data = own(ROWS)
     data.attach(Captions())
     with pytest.raises(DataError, match=r"test\.jsonl \(no such file, or left out\): no samples to test with"):
