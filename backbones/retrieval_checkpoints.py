@@ -98,7 +98,7 @@ def read_retrieval_checkpoint(path: str | Path, head: RetrievalHead) -> Retrieva
         else:
             unknown.append(name)
     if "logit_scale" in towers:
-        own["logit_scale"] = towers["logit_scale"]
+        own["logit_scale"] = towers["logit_scale"].reshape(1)
     kind, options = options_of(state)
     return RetrievalWeights(towers, own, tuple(sorted(shifted)), tuple(never_used), tuple(unknown), options, kind)
 

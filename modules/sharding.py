@@ -16,12 +16,16 @@ from fulgurite.methods.structure import ModelSpec
 
 
 def shard_blocks(module: nn.Module, backbone: nn.Module, spec: ModelSpec, mesh: DeviceMesh) -> None:
-    """Make every block of the backbone's towers a unit, and the rest of ``module`` the root unit."""
+    """Make every block of the backbone's towers a unit, and the rest of ``module`` the root unit.
+
+    Frozen scalars, which FSDP2 refuses, stay whole.
+    """
     backbone.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights
     for tower in spec.towers:
         for name in spec.block_names(backbone, tower.name):
             fully_shard(backbone.get_submodule(name), mesh=mesh)
-    fully_shard(module, mesh=mesh)
+    scalars = {each for each in module.parameters() if each.dim() == 0 and not each.requires_grad}
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from fulgurite.backbones.video_text import VideoTextBackbone
 from fulgurite.methods.adapters.bank import Placement
@@ -119,7 +119,7 @@ class VideoTextRetrieval(AdaptedModule):
         """As in the base; parts of the module that are called by themselves gather its slices too."""
         super().configure_model()
         if self.device_mesh is not None:
-            for name in ("embed", "levels_of"):
+            for name in ("embed", "embed_captions", "levels_of"):
                 register_fsdp_forward_method(self, name)
 
     def trained(self) -> dict[str, Tensor]:
@@ -149,6 +149,10 @@ class VideoTextRetrieval(AdaptedModule):
         """What is compared of the captions and of the videos of a batch."""
         texts = self.head.embed_text(self.backbone.text_tokens(batch))
         return texts, self.head.embed_video(self.backbone.video_tokens(batch), seeds)
+
+    def embed_captions(self, batch: Batch) -> TextFeatures:
+        """What is compared of captions alone, see `VideoTextBackbone.caption_batch`."""
+        return self.head.embed_text(self.backbone.text_tokens(batch))
 
     def levels_of(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
         """(L, T, V) scores at the levels of the head."""
@@ -245,6 +249,8 @@ class VideoTextRetrieval(AdaptedModule):
     def ranking(self, shelf: Shelf, normalizing: Normalizing | None = None) -> Ranking:
         """Ranks of what all processes have on their shelves."""
         ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        if isinstance(self, FSDPModule):
+            self.unshard()  # once, together: processes score different numbers of blocks
         return Evaluation(shelf, self.score_block, self.head.levels, ranks, normalizing).run()
 
     def score_block(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
@@ -298,14 +304,14 @@ class VideoTextRetrieval(AdaptedModule):
     def bank_of_texts(self, captions: Sequence[str]) -> TextFeatures:
         """This process's share of the first ``bank_texts`` of the captions."""
         chosen, size = captions[: self.bank_sizes["texts"]], self.trainer.datamodule.eval_batch_size
-        own = chosen[self.trainer.global_rank :: self.trainer.world_size]
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        own = [*chosen[rank::world], *chosen[:1]][: -(-len(chosen) // world)]  # as many on each process, to be in step
         parts = []
         for start in range(0, len(own), size):
-            batch = self.transfer_batch_to_device(
-                self.backbone.caption_batch(own[start : start + size]), self.device, 0
-            )
-            parts.append(self.head.embed_text(self.backbone.text_tokens(batch)).map(Tensor.cpu))
-        return TextFeatures.cat(parts)
+            batch = self.backbone.caption_batch(own[start : start + size])
+            texts = self.embed_captions(self.transfer_batch_to_device(batch, self.device, 0))
+            parts.append(texts.map(Tensor.cpu))
+        return TextFeatures.cat(parts)[: len(chosen[rank::world])]
 
     @torch.no_grad()
     def bank_of_videos(self, samples: Sequence[Sample]) -> VideoFeatures:

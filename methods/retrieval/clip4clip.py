@@ -42,7 +42,7 @@ class Clip4Clip(RetrievalHead):
 
     def build(self, towers: TowerFacts) -> None:
         """As in the base; a temporal encoder starts from the tower for text."""
-        self.logit_scale = nn.Parameter(torch.tensor(towers.logit_scale))
+        self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.init_seed)
             self.video_vector = VideoVector(self.temporal, self.temporal_layers, self.max_frames, towers)

@@ -45,7 +45,8 @@ class RetrievalHead(nn.Module, ABC):
 
     Attributes:
         levels: names of the levels, from coarse to fine.
-        logit_scale: logarithm of the factor of cosines; at most `LARGEST_SCALE` after `clamp`.
+        logit_scale: (1,) logarithm of the factor of cosines; at most `LARGEST_SCALE` after `clamp`. FSDP2 cuts no
+            scalars.
     """
 
     levels: tuple[str, ...] = ()

@@ -91,7 +91,7 @@ class Ucofia(RetrievalHead):
     def build(self, towers: TowerFacts) -> None:
         """As in the base; identity matrices, the selector at random, the temporal encoder from the tower for text."""
         width = towers.width
-        self.logit_scale = nn.Parameter(torch.tensor(towers.logit_scale))
+        self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
         self.sentence_projection = nn.Parameter(torch.eye(width))
         self.video_projection = nn.Parameter(torch.eye(width))
         if "frame_sentence" in self.levels:

@@ -80,7 +80,7 @@ class XClip(RetrievalHead):
 
     def build(self, towers: TowerFacts) -> None:
         """As in the base; identity matrices, the temporal encoder from the tower for text."""
-        self.logit_scale = nn.Parameter(torch.tensor(towers.logit_scale))
+        self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))
         self.sentence_projection = nn.Parameter(torch.eye(towers.width))
         self.word_projection = nn.Parameter(torch.eye(towers.width))
         self.video_word_matrix = nn.Parameter(torch.eye(self.max_words))

@@ -125,7 +125,7 @@ def test_every_tensor_arrives_where_it_belongs(towers, layout, tmp_path):
     weights = load_retrieval_checkpoint(write(tmp_path / "pytorch_model.bin.4", state), backbone, head)
     assert all(torch.equal(own, state[f"clip.{name}"].float()) for name, own in backbone.model.state_dict().items())
     own = head.state_dict()
-    assert torch.equal(own.pop("logit_scale"), state["clip.logit_scale"].float())
+    assert torch.equal(own.pop("logit_scale"), state["clip.logit_scale"].float().reshape(1))
     left = {name: tensor for name, tensor in state.items() if not name.startswith("clip.")}
     unused = NEVER_USED if layout.startswith("ucofia") else set()
     assert set(weights.never_used) == unused

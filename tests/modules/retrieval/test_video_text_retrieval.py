@@ -1,0 +1,215 @@
+"""What trains, what an evaluation counts, and what a checkpoint brings back."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.optimizers.bert_adam import BertAdam
+from fulgurite.methods.retrieval.clip4clip import Clip4Clip
+from fulgurite.methods.retrieval.dual_softmax import DualSoftmax
+from fulgurite.methods.retrieval.query_bank import QueryBank
+from fulgurite.methods.retrieval.sinkhorn import Sinkhorn
+from fulgurite.modules.optimization import ParamGroup
+from fulgurite.samples import DataError
+
+ADAPTERS = [Placement(["feed_forward_output"], functools.partial(Bottleneck, reduction=4))]
+
+
+def fitted(module, data, trainer, **options):
+    run = trainer(**options)
+    run.fit(module, datamodule=data)
+    return run
+
+
+def whole_scores(module, samples):
+    """(L, T, V) scores of all texts and videos, encoded one video at a time, and the owner of each text."""
+    collator = module.collator("test")
+    with torch.no_grad():
+        parts = [module.embed(collator([sample])) for sample in samples]
+        texts = type(parts[0][0]).cat([part[0] for part in parts])
+        videos = type(parts[0][1]).cat([part[1] for part in parts])
+        owner = [i for i, sample in enumerate(samples) for _ in sample.captions]
+        return module.levels_of(texts, videos), np.array(owner)
+
+
+def plain_recalls(scores, owner):
+    """Text to video over all texts; video to text by each video's best sentence, by sorting."""
+    forward = [1 + int(np.flatnonzero(np.argsort(-row) == owner[i])[0]) for i, row in enumerate(scores)]
+    best = np.stack([scores[owner == video].max(0) for video in range(scores.shape[1])])
+    backward = [1 + int(np.flatnonzero(np.argsort(-best[:, v]) == v)[0]) for v in range(len(best))]
+    out = {}
+    for name, ranks in (("text_to_video", forward), ("video_to_text", backward)):
+        ranks = np.array(ranks)
+        out |= {f"{name}/R@{k}": 100 * (ranks <= k).mean() for k in (1, 5)}
+        out |= {f"{name}/MdR": np.median(ranks), f"{name}/MnR": ranks.mean()}
+    return out
+
+
+def close(found, expected):
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+def test_a_test_counts_what_sorting_the_whole_matrix_gives(module, data, trainer):
+    net, videos = module(), data()
+    trainer().test(net, datamodule=videos, verbose=False)
+    scores, owner = whole_scores(net.eval(), videos.samples("test"))
+    variants = net.test_results["variants"]
+    for n, name in enumerate(variants, start=1):
+        close(variants[name], plain_recalls(scores[:n].mean(0).numpy(), owner))
+    assert list(variants)[-1] == "video_sentence+frame_sentence+patch_word"
+    rank = {row["caption"]: row["rank"] for row in net.test_answers}
+    assert len(rank) == len(owner)
+    order = scores.mean(0).argsort(1, descending=True)
+    captions = [caption for sample in videos.samples("test") for caption in sample.captions]
+    for text, caption in enumerate(captions):
+        assert rank[caption] == 1 + order[text].tolist().index(owner[text])
+
+
+@pytest.mark.parametrize("normalizer", [Sinkhorn(), DualSoftmax(), QueryBank(dynamic=False)])
+def test_a_normalised_test_is_that_of_the_whole_matrices(normalizer, module, data, trainer):
+    net, videos = module(normalizer=normalizer, bank_texts=9, bank_videos=5), data()
+    trainer().test(net, datamodule=videos, verbose=False)
+    scores, owner = whole_scores(net.eval(), videos.samples("test"))
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0)).tolist()
+    drawn = [videos.samples("train")[i] for i in order]
+    bank, _ = whole_scores(net, [*videos.samples("test"), *drawn])
+    tests, texts = scores.shape[2], len(owner)
+    unique = list({sample.video: i for i, sample in reversed(list(enumerate(drawn)))}.values())
+    first = sorted(unique)[:5]  # the first of each video in the order of the draw
+    if normalizer.mode == "transductive":
+        forward, backward = scores, scores.mT
+    else:
+        forward = bank[:, texts : texts + 9, :tests]
+        backward = bank[:, :texts, [tests + i for i in first]].mT
+    t2v = normalizer.apply(scores, normalizer.fit(lambda: [forward])).numpy()
+    v2t = normalizer.apply(scores.mT, normalizer.fit(lambda: [backward])).T.numpy()
+    found = net.test_results["variants"]["video_sentence+frame_sentence+patch_word+normalized"]
+    close(found, {k: v for k, v in plain_recalls(t2v, owner).items() if k.startswith("text")})
+    close(found, {k: v for k, v in plain_recalls(v2t, owner).items() if k.startswith("video")})
+
+
+def test_blocks_of_any_size_rank_alike(module, data, trainer, monkeypatch):
+    import fulgurite.modules.retrieval_evaluation as evaluation
+
+    net, figures = module(normalizer=Sinkhorn(), bank_texts=9, bank_videos=5), []
+    for texts, videos, own, kept in ((256, 256, 8, 1 << 30), (2, 3, 1, 0)):
+        for name, value in (("TEXTS", texts), ("VIDEOS", videos), ("OWN", own), ("KEPT", kept)):
+            monkeypatch.setattr(evaluation, name, value)
+        trainer().test(net, datamodule=data(), verbose=False)
+        figures.append(net.test_results["variants"])
+    assert figures[0] == figures[1]
+
+
+def test_two_tests_and_a_loaded_model_give_the_same_bits(module, data, trainer):
+    net, videos = module(), data()
+    fitted(net, videos, trainer)
+    samples = videos.samples("val")
+    once, _ = whole_scores(net.eval(), samples)
+    again, _ = whole_scores(net, samples)
+    assert torch.equal(once, again)
+    checkpoint = {}
+    net.on_save_checkpoint(checkpoint)
+    other = module(lr=1.0)
+    other.restore(checkpoint["fulgurite"])
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(whole_scores(other.eval(), samples)[0], once)
+
+
+def test_without_adapters_all_but_the_published_frozen_parts_train(module, data, trainer):
+    net = module()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    fitted(net, data(), trainer, max_epochs=2)
+    changed = {name for name, value in net.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == set(net.trained())
+    frozen = {name.removeprefix("backbone.model.") for name in before.keys() - changed}
+    assert frozen == {
+        "logit_scale",
+        "token_embedding.weight",
+        "positional_embedding",
+        "visual.positional_embedding",
+        "visual.class_embedding",
+        "visual.conv1.weight",
+        "visual.ln_pre.weight",
+        "visual.ln_pre.bias",
+    }
+    assert any(name.startswith("backbone.") for name in net.state_dict())
+
+
+def test_with_adapters_the_towers_stay_and_are_no_part_of_the_file(module, data, trainer):
+    net = module(ADAPTERS, backbone=None)
+    before = {name: value.clone() for name, value in net.backbone.named_parameters()}
+    fitted(net, data(), trainer)
+    assert all(torch.equal(value, before[name]) for name, value in net.backbone.named_parameters())
+    assert not any(name.startswith("backbone.") for name in net.state_dict())
+    assert {name.split(".")[0] for name in net.state_dict()} == {"bank", "head"}
+    assert not torch.equal(net.head.word_projection, module(ADAPTERS).head.word_projection)
+
+
+def test_rates_and_decay_belong_to_groups_of_names(module, data, trainer):
+    groups = [
+        ParamGroup(r"^backbone\..*bias", 1e-7, 0.0),
+        ParamGroup(r"^backbone\.", 1e-7),
+        ParamGroup(r"bias", weight_decay=0.0),
+    ]
+    net = module(optimizer=functools.partial(BertAdam, weight_decay=0.2), param_groups=groups)
+    run = fitted(net, data(), trainer)
+    found = [(group["initial_lr"], group["weight_decay"]) for group in run.optimizers[0].param_groups]
+    assert found == [(1e-7, 0.0), (1e-7, 0.2), (1e-3, 0.0), (1e-3, 0.2)]
+
+
+def test_the_scale_stays_below_its_limit(module, data, trainer):
+    net = module(lr=0.5)
+    with torch.no_grad():
+        net.head.logit_scale.fill_(4.6)
+        net.head.logit_scale.register_hook(lambda grad: -torch.ones_like(grad))
+    fitted(net, data(), trainer)
+    assert net.head.logit_scale.exp().item() == pytest.approx(100.0)
+
+
+def test_what_is_drawn_depends_on_step_and_sample_alone(module, data, trainer):
+    net, videos = module(), data()
+    trainer(limit_train_batches=1).fit(net, datamodule=videos)
+    batch = net.collator("fit")(videos.samples("train")[:4])
+    turned = net.collator("fit")(videos.samples("train")[:4][::-1])
+    assert net.seeds(batch) == net.seeds(turned)[::-1]
+    assert len(set(net.seeds(batch))) == 4
+    now = net.seeds(batch)
+    net.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed += 1
+    net.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed += 1
+    assert net.seeds(batch) != now
+
+
+def test_other_heads_take_the_place_by_one_line(module, data, trainer):
+    net = module(head=Clip4Clip(max_frames=3, temporal="mean"))
+    trainer().fit(net, datamodule=data())
+    assert list(net.head.levels) == ["video_sentence"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"adapters": []}, ValueError, "adapters is empty"),
+        ({"adapters": ADAPTERS, "frozen": ["x"]}, ValueError, "frozen is for training the backbone"),
+        ({"frozen": ["nowhere"]}, LookupError, "nowhere"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, error, match, module):
+    with pytest.raises(error, match=match):
+        module(**options)
+
+
+def test_a_dynamic_query_bank_cannot_normalise_captions(module, data, trainer):
+    net = module(normalizer=QueryBank(), bank_texts=4, bank_videos=2)
+    with pytest.raises(ValueError, match="dynamic"):
+        trainer().test(net, datamodule=data(), verbose=False)
+    net = module(normalizer=QueryBank(), bank_texts=4, normalize=["text_to_video"])
+    trainer().test(net, datamodule=data(), verbose=False)
+
+
+def test_a_bank_needs_training_captions(module, data, trainer):
+    with pytest.raises(DataError, match="training split"):
+        trainer().test(module(normalizer=Sinkhorn()), datamodule=data(train=None), verbose=False)
