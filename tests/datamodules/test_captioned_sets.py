@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 
 import pytest
 
@@ -73,6 +74,7 @@ def test_validation_on_held_out_videos_unless_asked_for_the_test(msr_vtt):
         s.video for s in MsrVtt(msr_vtt, validation="test").samples("train")
     }
     assert all(len(s.captions) == 3 for s in val)
+    assert {s.id for s in val} == set(random.Random(0).sample(sorted(TRAIN), 3))  # the same in every process
     again = MsrVtt(msr_vtt, held_out=0.25, seed=5)
     assert said(again.samples("val")) == said(val)
     others = {tuple(s.id for s in MsrVtt(msr_vtt, held_out=0.25, held_out_seed=k).samples("val")) for k in range(8)}
