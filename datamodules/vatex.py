@@ -12,8 +12,8 @@ from fulgurite.datamodules.files import laid_out, listed, read_json, read_names
 class Vatex(HeldOutCaptions):
     """VATEX in its English captions, in the order of its lists.
 
-    ``root`` holds ``train_list.txt``, ``test_list.txt`` and ``ref_captions.json``, in the splits of HGR (25,991 and 1,500
-    videos; github.com/cshizhe/hgr_v2t); captions and names of the videos on YouTube: eric-xw.github.io/vatex-website.
+    ``root`` holds ``train_list.txt``, ``test_list.txt`` and ``ref_captions.json``, in the splits of HGR (25,991 and
+    1,500 videos; github.com/cshizhe/hgr_v2t); captions and names of the videos: eric-xw.github.io/vatex-website.
     """
 
     usual_name = "vatex"
