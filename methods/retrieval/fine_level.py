@@ -21,10 +21,10 @@ from fulgurite.methods.retrieval.isa import interactive_similarity
 from fulgurite.methods.retrieval.tiles import tile_shape
 
 # Four buffers of TILE_ENTRIES stay in a cache of some MiB. BLOCK_ENTRIES of patches are converted at once.
-TILE_ENTRIES, BLOCK_ENTRIES = 2**18, 2**22
-# exp(-80) is still a normal float32, unlike the subnormal numbers below, with which processors are many times slower;
-# 48 exp(80) does not overflow. LOW stands for minus infinity where 0 times it must be 0.
-SPAN, LOW = 80.0, -1e30
+TILE_ENTRIES, BLOCK_ENTRIES = 3 * 2**17, 2**22
+# exp(-70) is still a normal float32, unlike the subnormal numbers below, with which processors are many times slower; a
+# sum of exp(70) x / tau does not overflow. LOW stands for minus infinity where 0 times it must be 0.
+SPAN, LOW = 70.0, -1e30
 
 
 def patch_word(
@@ -82,7 +82,8 @@ def fill_patch_word(
 
     A tile's products lie in buffers that are used again for the next, so that they stay in the processor's cache. They
     are aggregated over the axis that is not the last: then no step reduces within a vector. For patches they are
-    transposed, which costs a tenth of computing them again.
+    transposed, which costs less than computing them again. Neither a search for the largest nor a softmax is spent on
+    the second weights, see `_Aggregation`. What is left beside the products in float32 is about as dear as they are.
     """
     (num_texts, num_words), (num_videos, num_patches) = texts.words.shape[:2], videos.patches.shape[:2]
     step, width = tile or tile_shape(num_texts, num_videos, num_words * num_patches, out.device, TILE_ENTRIES)
@@ -110,6 +111,10 @@ def fill_patch_word(
                     turned.masked_fill_(~others.patch_mask[:, :, None, None], LOW)
                 by_words(products, some.word_mask, buffers[2:], of_patches[:, part])
                 by_patches(turned, others.patch_mask, buffers[2:], of_words[part])
+            if block.patch_mask is not None:
+                of_patches.masked_fill_(~block.patch_mask, 0)
+            if some.word_mask is not None:
+                of_words.masked_fill_(~some.word_mask, 0)
             words_first = interactive_similarity(of_patches, patch_matrix_2, temperature, block.patch_mask)
             patches_first = interactive_similarity(of_words, word_matrix_2, temperature, some.word_mask)
             torch.add(words_first, patches_first.T, out=out[rows, columns]).div_(2)

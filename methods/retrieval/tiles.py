@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from fulgurite.methods.retrieval.features import TextFeatures, VideoFeatures
 
 # Entries of the largest tensor of a tile. Small enough for a processor's cache; a GPU needs more to be busy.
-CACHE_ENTRIES, GPU_ENTRIES = 2**19, 2**22
+CACHE_ENTRIES, GPU_ENTRIES = 2**20, 2**21
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,16 @@ class Level:
 def tile_shape(
     num_texts: int, num_videos: int, entries: int, device: torch.device, in_cache: int = CACHE_ENTRIES
 ) -> tuple[int, int]:
-    """Texts and videos of a tile: as many of both where there are enough."""
+    """Texts and videos of a tile: powers of two, as many of both where there are enough."""
     pairs = max(1, (in_cache if device.type == "cpu" else GPU_ENTRIES) // entries)
-    texts = max(1, min(num_texts, math.isqrt(pairs)))
-    videos = max(1, min(num_videos, pairs // texts))
-    return max(1, pairs // videos), videos
+    texts = max(1, min(num_texts, _power_of_two(math.isqrt(pairs))))
+    videos = max(1, min(num_videos, _power_of_two(pairs // texts)))
+    return _power_of_two(pairs // videos), videos
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest up to a limit."""
+    return 1 << (limit.bit_length() - 1)
 
 
 def tiled_scores(
