@@ -2,6 +2,7 @@
 
 import pytest
 
+from fulgurite.checkpoints import CheckpointError, DamagedError
 from fulgurite.methods.ranks import ALONE, Ranks
 
 
@@ -34,3 +35,16 @@ def test_where_one_rank_fails_all_raise(kind, on_ranks):
     assert f"rank 1 failed: {kind.__name__}: no such thing" in str(first)
     with pytest.raises(ZeroDivisionError):
         ALONE.agree(lambda: 1 / 0)
+
+
+def test_what_is_wrong_with_a_checkpoint_of_one_rank_is_a_checkpoint_error_on_all(on_ranks):
+    def work(ranks):
+        def fails():
+            if ranks.rank == 1:
+                raise DamagedError("a.safetensors is cut short")
+
+        ranks.agree(fails)
+
+    first, second = on_ranks(2, work)
+    assert (type(first), type(second)) == (CheckpointError, DamagedError)
+    assert "rank 1 failed: DamagedError: a.safetensors is cut short" in str(first)
