@@ -52,6 +52,12 @@ def test_of_equal_scores_the_lower_index_is_kept(sizes, piece, monkeypatch):
     assert torch.equal(scores, exact.gather(1, indices))
 
 
+def test_both_zeros_are_one_score():
+    """Minus one times zero is minus zero."""
+    _, indices = coarse_candidates(torch.tensor([[-1.0], [-1.0]]), torch.tensor([[0.0], [-0.0], [0.0]]), 3)
+    assert indices.tolist() == [[0, 1, 2]] * 2
+
+
 def test_a_bias_moves_both_stages(queries, store, levels):
     bias = 5 * torch.randn(3, STORE, generator=torch.Generator().manual_seed(4))
     coarse = queries @ store.T + bias[0]
