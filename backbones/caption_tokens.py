@@ -5,9 +5,11 @@ Legend: T captions, W words, the padded length.
 
 from __future__ import annotations
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -52,9 +54,7 @@ class PairVocabulary(Vocabulary):
     pad = 0
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        from open_clip import SimpleTokenizer
-
-        self.tokenizer = SimpleTokenizer(**options)
+        self.tokenizer = _pair_tokenizer(json.dumps(options))
 
     def whole(self, captions: Sequence[str]) -> list[list[int]]:
         """As in the base."""
@@ -64,6 +64,14 @@ class PairVocabulary(Vocabulary):
     def shortened(self, caption: str, length: int) -> list[int]:
         """As in the base."""
         return [*self.whole([caption])[0][: length - 1], self.tokenizer.eot_token_id]
+
+
+@lru_cache(maxsize=4)
+def _pair_tokenizer(options: str) -> Any:
+    """The same for the same options, since it takes a while to read its 49,000 pairs."""
+    from open_clip import SimpleTokenizer
+
+    return SimpleTokenizer(**json.loads(options))
 
 
 class FolderVocabulary(Vocabulary):
