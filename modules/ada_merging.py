@@ -57,7 +57,7 @@ class AdaMerging(Classifier):
         initial: start of every coefficient.
         clamp: keep coefficients in [0, 1] where they are used, as published.
         density: for AdaMerging++ the share of task vectors that TIES keeps, 0.2 there; None takes them as they are.
-        optimizer: of the coefficients.
+        optimizer: of the coefficients; None is Adam.
 
     Raises:
         ValueError: fewer than two experts, or an ``initial`` outside [0, 1] with ``clamp``.
@@ -73,7 +73,7 @@ class AdaMerging(Classifier):
         initial: float = 0.3,
         clamp: bool = True,
         density: float | None = None,
-        optimizer: OptimizerCallable = Adam,
+        optimizer: OptimizerCallable | None = None,
     ) -> None:
         super().__init__(encoder)
         if len(experts) < 2:
@@ -81,7 +81,7 @@ class AdaMerging(Classifier):
         if clamp and not 0 <= initial <= 1:
             raise ValueError(f"initial={initial} is outside [0, 1], where clamp keeps coefficients")
         self.paths = [Path(path) for path in experts]
-        self.level, self.clamp, self.density, self.optimizer = level, clamp, density, optimizer
+        self.level, self.clamp, self.density, self.optimizer = level, clamp, density, optimizer or Adam
         self.names = [name for name, _ in self.encoder.named_parameters()]
         columns = len(self.names) if level == "layer" else 1
         self.coefficients = nn.Parameter(torch.full((len(experts), columns), float(initial)))

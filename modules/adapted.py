@@ -50,7 +50,7 @@ class AdaptedModule(pl.LightningModule, ABC):
     Args:
         backbone: frozen pretrained model.
         adapters: what trains, and where.
-        optimizer: builds the optimizer from parameter groups.
+        optimizer: builds the optimizer from parameter groups; None is AdamW. Of another class all options are its own.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate; the rest uses the optimizer's.
     """
@@ -62,14 +62,14 @@ class AdaptedModule(pl.LightningModule, ABC):
         self,
         backbone: FrozenBackbone,
         adapters: list[Placement],
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.bank = AdapterBank(backbone, adapters)
-        self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
+        self.optimizer, self.schedule = optimizer or torch.optim.AdamW, schedule or WarmupLinear()
         self.param_groups = param_groups or []
         self.self_contained = False
         self.info: DataInfo | None = None

@@ -71,7 +71,7 @@ class ContinualVideoQA(VideoQA):
         modes: list[Mode] | None = None,
         start_from: Literal["previous", "initial"] = "previous",
         selection: Literal["last", "best"] = "last",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:

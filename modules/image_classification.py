@@ -31,7 +31,7 @@ class ImageClassifier(Classifier):
         statistics: of batch normalisation: those of every ``batch`` while training, which the running ones follow (with
             several processes each sees its own share, and the first one's are stored), or the ``pretrained`` ones
             throughout, so that runs from one encoder have them in common.
-        optimizer: builds the optimizer from parameter groups.
+        optimizer: builds the optimizer from parameter groups; None is AdamW. Of another class all options are its own.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate (``heads``, ``encoder``); the rest uses the optimizer's.
     """
@@ -42,14 +42,14 @@ class ImageClassifier(Classifier):
         self,
         encoder: FrameEncoder,
         statistics: Literal["batch", "pretrained"] = "batch",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
         super().__init__(encoder)
         self.encoder.requires_grad_(True)
         self.statistics = statistics
-        self.optimizer, self.schedule = optimizer, schedule or WarmupLinear()
+        self.optimizer, self.schedule = optimizer or torch.optim.AdamW, schedule or WarmupLinear()
         self.param_groups = param_groups or []
 
     def features(self, pixels: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class VideoQA(AdaptedModule):
     Args:
         backbone: frozen video-language model.
         adapters: what trains, and where.
-        optimizer: builds the optimizer from parameter groups.
+        optimizer: builds the optimizer from parameter groups; None is AdamW. Of another class all options are its own.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate; the rest uses the optimizer's.
     """
@@ -50,7 +50,7 @@ class VideoQA(AdaptedModule):
         self,
         backbone: VideoQABackbone,
         adapters: list[Placement],
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:

@@ -58,7 +58,7 @@ class VideoTextRetrieval(AdaptedModule):
         bank_texts: training captions in the bank of a single-query normaliser, for text-to-video.
         bank_videos: training videos in its bank, for video-to-text.
         bank_seed: of the draw of both.
-        optimizer: builds the optimizer from parameter groups.
+        optimizer: builds the optimizer from parameter groups; None is AdamW. Of another class all options are its own.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate or weight decay; the rest uses the optimizer's.
     """
@@ -80,7 +80,7 @@ class VideoTextRetrieval(AdaptedModule):
         bank_texts: int = 2048,
         bank_videos: int = 256,
         bank_seed: int = 0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:

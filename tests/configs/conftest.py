@@ -114,6 +114,11 @@ def call(*argv):
 
 
 @pytest.fixture(scope="session")
+def clip_writer():
+    return write_clip
+
+
+@pytest.fixture(scope="session")
 def command():
     return call
 

@@ -27,8 +27,9 @@ PICTURES = [  # which test_pictures.py runs
     "configs/merge/picture_expert.yaml",
     "configs/tiny/image_encoder.yaml",
 ]
+RETRIEVAL = [p for p in RECORDS if re.match(r"configs/(retrieval/|tiny/open_clip)", p)]  # test_retrieval_records.py
 TWO_PROCESSES = ["configs/merge/stages.yaml"]  # by their strategy; here in one
-OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES)]
+OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL)]
 
 
 def header(path):

@@ -1,0 +1,103 @@
+"""Every record of video-text retrieval runs a step of training, validation and test on small files of its data set."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fulgurite
+from fulgurite.checkpoints import newest_checkpoint
+from fulgurite.commands.yaml_loader import load_file
+
+ROOT = Path(fulgurite.__file__).parent
+TINY = "configs/tiny/open_clip.yaml"
+RECORDS = sorted(path.name for path in (ROOT / "configs" / "retrieval").glob("*.yaml"))
+TRAIN, VAL, TEST = [f"t{i}" for i in range(12)], ["v0", "v1"], ["x", "y", "z"]
+
+
+def captions(name):
+    return [f"a box of {name}", f"{name} goes down"]
+
+
+def write_lists(root, splits):
+    for split, names in splits.items():
+        (root / f"{split}_list.txt").write_text("".join(f"{name}\n" for name in names))
+
+
+def write_set(kind, root):
+    """The files of a data set in its official layout, but for the videos."""
+    splits = {"train": TRAIN, "val": VAL, "test": TEST}
+    every = [*TRAIN, *VAL, *TEST]
+    if kind == "MsrVtt":
+        (root / "MSRVTT_train.9k.csv").write_text("video_id\n" + "\n".join(TRAIN) + "\n")
+        rows = [f"k{i},m{i},{name},{captions(name)[0]}" for i, name in enumerate(TEST)]
+        (root / "MSRVTT_JSFUSION_test.csv").write_text("key,vid_key,video_id,sentence\n" + "\n".join(rows) + "\n")
+        said = [{"video_id": name, "caption": caption} for name in TRAIN for caption in captions(name)]
+        (root / "MSRVTT_data.json").write_text(json.dumps({"videos": [], "sentences": said}))
+    elif kind == "Msvd":
+        write_lists(root, splits)
+        words = {name: [caption.split() for caption in captions(name)] for name in every}
+        (root / "raw-captions.pkl").write_bytes(pickle.dumps(words))
+    elif kind == "Lsmdc":
+        files = ("LSMDC16_annos_training.csv", "LSMDC16_annos_val.csv", "LSMDC16_challenge_1000_publictect.csv")
+        for file, names in zip(files, splits.values()):
+            (root / file).write_text("".join(f"{name}\t0\t1\t0\t1\t{captions(name)[0]}\n" for name in names))
+    elif kind == "ActivityNet":
+        entries = {name: {"duration": 1.0, "timestamps": [[0, 1]], "sentences": captions(name)} for name in every}
+        for file, names in (("train", TRAIN), ("val", TEST)):
+            (root / f"{file}_ids.json").write_text(json.dumps([f"v_{name}" for name in names]))
+        for file in ("train", "val_1"):
+            (root / f"{file}.json").write_text(json.dumps({f"v_{name}": entry for name, entry in entries.items()}))
+    elif kind == "Didemo":
+        write_lists(root, splits)
+        for split, names in splits.items():
+            rows = [{"video": name, "description": c, "times": [[0, 0]]} for name in names for c in captions(name)]
+            (root / f"{split}_data.json").write_text(json.dumps(rows))
+    elif kind == "Vatex":
+        write_lists(root, {"train": TRAIN, "test": TEST})
+        (root / "ref_captions.json").write_text(json.dumps({name: captions(name) for name in every}))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, clip_writer):
+    folder = tmp_path_factory.mktemp("films") / "videos"
+    folder.mkdir()
+    for i, name in enumerate([*TRAIN, *VAL, *TEST]):
+        clip_writer(folder / f"{name}.mp4", i)
+    return folder
+
+
+@pytest.mark.parametrize("record", RECORDS)
+@pytest.mark.usefixtures("compared_in_process")
+def test_it_runs_a_step_under_its_tiny_overlay(record, command, videos, tmp_path):
+    header = (ROOT / "configs" / "retrieval" / record).read_text().partition("\nseed")[0]
+    base, *over = re.findall(r"--config (\S+\.yaml)", header)
+    chain = [load_file(ROOT / each) for each in (base, *over)]
+    kind = next(each["data"]["class_path"] for each in reversed(chain) if "class_path" in each.get("data", {}))
+    write_set(kind, tmp_path)
+    (tmp_path / "videos").symlink_to(videos)
+    own = [part for each in (base, *over, TINY) for part in ("--config", ROOT / each)]
+    lengths = ["--model.head.max_frames=2"]
+    argv = [*own, *lengths, "--trainer.precision=32-true", f"--data.root={tmp_path}", "--trainer.max_epochs=1"]
+    if kind == "CaptionWorlds":
+        argv = [*own, *lengths, "--data.epochs_per_domain=1"]
+    run = tmp_path / "run"
+    assert command("fit", *argv, "--run", run, "--test_after_fit=true") == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert all(0 <= metrics[f"{split}/text_to_video/R@10"] <= 100 for split in ("val", "test"))
+    assert newest_checkpoint(run) is not None
+    assert "Recall in %" in (run / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("compared_in_process")
+def test_an_optimizer_of_another_class_has_its_own_defaults(command, videos, tmp_path):
+    write_set("MsrVtt", tmp_path)
+    (tmp_path / "videos").symlink_to(videos)
+    argv = [part for each in ("configs/retrieval/ucofia_msr_vtt.yaml", TINY) for part in ("--config", ROOT / each)]
+    argv += ["--trainer.precision=32-true", f"--data.root={tmp_path}", "--trainer.max_epochs=1"]
+    assert command("fit", *argv, "--model.head.max_frames=2", "--run", tmp_path / "run", "--test_after_fit=false") == 0
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
+    assert (written["init_args"]["betas"], written["init_args"]["eps"]) == ([0.9, 0.98], 1e-6)
