@@ -103,18 +103,8 @@ def fill_patch_word(
                 products, turned = _products(words, patches[part].flatten(0, 1), *buffers[:2])
                 products = products.view(len(some), num_words, len(others), num_patches)
                 turned = turned.view(len(others), num_patches, len(some), num_words)
-                if some.word_mask is not None:
-                    products.masked_fill_(~some.word_mask[:, :, None, None], LOW)
-                    turned.masked_fill_(~some.word_mask, LOW)
-                if others.patch_mask is not None:
-                    products.masked_fill_(~others.patch_mask, LOW)
-                    turned.masked_fill_(~others.patch_mask[:, :, None, None], LOW)
                 by_words(products, some.word_mask, buffers[2:], of_patches[:, part])
                 by_patches(turned, others.patch_mask, buffers[2:], of_words[part])
-            if block.patch_mask is not None:
-                of_patches.masked_fill_(~block.patch_mask, 0)
-            if some.word_mask is not None:
-                of_words.masked_fill_(~some.word_mask, 0)
             words_first = interactive_similarity(of_patches, patch_matrix_2, temperature, block.patch_mask)
             patches_first = interactive_similarity(of_words, word_matrix_2, temperature, some.word_mask)
             torch.add(words_first, patches_first.T, out=out[rows, columns]).div_(2)
@@ -139,16 +129,18 @@ class _Aggregation:
         """Writes into ``out`` (B, ...) what becomes of x (B, n, ...), which is already divided by tau.
 
         Args:
-            x: `LOW` where it does not count.
+            x: overwritten where it does not count.
             mask: (B, n).
             buffers: two, which are overwritten.
             out: of the shape of x without its second axis.
         """
         x = x.flatten(2)
+        masked = None if mask is None else ~mask[:, :, None]
+        if masked is not None:
+            x.masked_fill_(masked, LOW)
         first = torch.sub(x, x.amax(1, keepdim=True), out=_take(buffers[0], x.shape)).clamp_min_(-SPAN).exp_()
         second = torch.bmm(self.matrix.expand(len(x), -1, -1), first, out=_take(buffers[1], x.shape))
         second.mul_(first.sum(1, keepdim=True).reciprocal_())
-        masked = None if mask is None else ~mask[:, :, None]
         if not self.bounded:
             if masked is not None:
                 second.masked_fill_(masked, LOW)
