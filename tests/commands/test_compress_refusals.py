@@ -7,7 +7,7 @@ from collections import namedtuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fulgurite.backbones import fresh
 from fulgurite.callbacks.saved_blocks import SavedBlocks
@@ -105,6 +105,32 @@ def test_blocks_of_another_configuration_are_not_taken(llamas, few, tmp_path, in
         assert main([*argv, str(tmp_path / "out")]) == 130
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5, "hidden_act": "relu"}))
+    assert main([*argv, str(tmp_path / "out")]) == 0
+    assert main([*argv, str(tmp_path / "anew")]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "anew")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("what", ["weights", "text"])
+def test_blocks_of_other_weights_or_text_are_not_taken(what, llamas, few, tmp_path, in_process, monkeypatch):
+    model, text, save = tmp_path / "model", tmp_path / "text.txt", SavedBlocks.save
+    shutil.copytree(llamas / "llama", model)
+    shutil.copy(llamas / "text.txt", text)
+
+    def dies(self, done):
+        save(self, done)
+        raise KeyboardInterrupt
+
+    argv = ["prune", str(model), *WANDA, *few, "--text", str(text), "--out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(SavedBlocks, "save", dies)
+        assert main([*argv, str(tmp_path / "out")]) == 130
+    if what == "weights":
+        tensors = load_file(model / "model.safetensors")
+        others = {name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}
+        save_file(others, model / "model.safetensors", {"format": "pt"})
+    else:
+        text.write_text(text.read_text().replace("a", "b"))
     assert main([*argv, str(tmp_path / "out")]) == 0
     assert main([*argv, str(tmp_path / "anew")]) == 0
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "anew")]
