@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import fulgurite
+from fulgurite.backbones import rotated_models
 from fulgurite.backbones.library_models import open_library_model
 from fulgurite.callbacks.saved_blocks import SavedBlocks
 from fulgurite.checkpoints import read_manifest
@@ -157,6 +159,20 @@ def test_a_fresh_process_loads_norms_that_are_others_now(folders, few, tmp_path)
     expected, _ = by_hand(folders / "opt", Rotate(), Gptq(3, 16), few[1])
     assert torch.equal(logits(fulgurite.load_model(out)), logits(expected))
     assert max(read_manifest(out).facts["errors"].values()) < 1e-5
+
+
+def test_a_reload_whose_outputs_alone_differ_leaves_nothing(folders, few, tmp_path, in_process, monkeypatch, capfd):
+    """Its inputs are not rotated, and its tensors are those of the live model."""
+    restore = rotated_models.restore
+    monkeypatch.setattr(
+        rotated_models, "restore", lambda model, record, *rest: restore(model, replace(record, online={}), *rest)
+    )
+    argv = (*GPTQ, "3", "--rotation", "Rotate", "--format", "own", *few, "--out", str(tmp_path / "out"))
+    assert main(["quantize", str(folders / "tied"), *argv]) == 2
+    said = capfd.readouterr().err
+    assert "is not the model, 1 differences" in said
+    assert "output logits: differs by" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["tied", "untied"])
