@@ -206,7 +206,9 @@ class OpenClipVideoText(VideoTextBackbone):
                 side = self.transform.size
                 missing = self.picture_tokens.trunk(tower, tokens.new_zeros(1, 3, side, side))
                 tokens = torch.where(mask[..., None, None], tokens, missing)
-        return VideoTokens(self.picture_tokens.project(tower, tokens), mask)
+        # Frames are the samples of every site in this tower, for adapters that are mixed per sample.
+        projected = self.picture_tokens.project(tower, tokens.flatten(0, 1))
+        return VideoTokens(projected.unflatten(0, mask.shape), mask)
 
     def tower_facts(self) -> TowerFacts:
         """As in the base. The tower for text is given where it is CLIP's, of width D."""

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -32,15 +31,16 @@ from fulgurite.modules.adapted import INITIAL
 from fulgurite.modules.evaluation import evaluation_mode
 from fulgurite.modules.modes import MODE_NAMES, MODES, Mode, logits_of_rows, mode_weights
 from fulgurite.modules.optimization import ParamGroup
+from fulgurite.modules.stage_sets import StageSets
 from fulgurite.modules.video_qa import VideoQA
 from fulgurite.reports.page import Section
 from fulgurite.reports.video_qa import ContinualTest, sections_of_continual
-from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage, batches_within, first_stages
+from fulgurite.samples import Batch, DataError, DataInfo, Sample, Stage, first_stages
 
 BEST = "best"
 
 
-class ContinualVideoQA(VideoQA):
+class ContinualVideoQA(StageSets, VideoQA):
     """Adapters per domain, a router, and per-sample merging.
 
     Args:
@@ -91,12 +91,11 @@ class ContinualVideoQA(VideoQA):
         return [self.router] if self.second_router is None else [self.router, self.second_router]
 
     def set_names(self, stages: Sequence[Stage]) -> list[str]:
-        """``initial``, one set per stage, and the candidate of the stage where the best epoch is kept."""
-        names = [INITIAL, *(s.name for s in stages)]
-        names += [BEST] if self.selection == BEST else []
-        if len(set(names)) < len(names) or "live" in names:
-            raise ValueError(f"stage names must differ and not be initial, live or best; got {names[1:]}")
-        return names
+        """As in the base, and the candidate of the stage where the best epoch is kept."""
+        names = super().set_names(stages)
+        if self.selection == BEST and BEST in names:
+            raise ValueError(f"stage names must not be {BEST} where the best epoch is kept; got {names[1:]}")
+        return [*names, BEST] if self.selection == BEST else names
 
     def setup(self, stage: str) -> None:
         """As in the base; keeping the best epoch needs a validation of every epoch."""
@@ -119,20 +118,9 @@ class ContinualVideoQA(VideoQA):
         self.own_stage = first_stages(info.domains, stages)
         self.best_accuracy = -1.0
 
-    def on_train_epoch_start(self) -> None:
-        """As in the base; say where a limit keeps part of a stage's data from the routers."""
-        super().on_train_epoch_start()
-        stage = self.stages[self.stage]
-        seen = batches_within(stage.num_batches, self.trainer.limit_train_batches)
-        if seen < stage.num_batches and self.trainer.current_epoch == self.first_epoch(self.stage):
-            rank_zero_info(
-                f"{stage.name}: the router learns from {seen} of {stage.num_batches} batches "
-                f"(limit_train_batches {self.trainer.limit_train_batches})"
-            )
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of the live set; in a stage's first epoch the routers also see the batch."""
-        if self.trainer.current_epoch == self.first_epoch(self.stage):
+        if self.in_first_epoch:
             self.update_routers(batch)
         return super().training_step(batch, batch_idx)
 
@@ -141,15 +129,7 @@ class ContinualVideoQA(VideoQA):
         """Features of the frozen model, all ranks' samples on every rank, into the stage's centroid."""
         with evaluation_mode(self):
             parts = self(batch, INITIAL).routing
-        gathered = [self.all_gather(p).flatten(0, -2) for p in (*parts, batch["counted"].unsqueeze(-1))]
-        counted = gathered[-1].flatten()
-        features = tuple(p[counted] for p in gathered[:-1])
-        for router in self.routers:
-            router.update(features, self.stages[self.stage].name)
-
-    def first_epoch(self, stage: int) -> int:
-        """Global epoch in which ``stage`` begins."""
-        return sum(s.epochs for s in self.stages[:stage])
+        self.teach(self.routers, parts, batch["counted"])
 
     def validation_logits(self, batch: Batch) -> dict[str, Tensor]:
         """Also, where the best epoch is kept, those of the live set alone (``live``) and, at the end of a stage, those
@@ -195,18 +175,6 @@ class ContinualVideoQA(VideoQA):
             self.best_accuracy = -1.0
         self.bank.copy("live", self.stages[self.stage].name)
 
-    def begin_stage(self) -> None:
-        """Start from the previous stage's values, which the live set has, or from those before any stage."""
-        if self.start_from == INITIAL:
-            self.bank.copy(INITIAL, "live")
-
-    def columns(self, current: str = "live") -> list[str]:
-        """Adapter sets in the order of mixing weights; the current stage's values are in the set ``current``."""
-        names = [INITIAL, *(s.name for s in self.stages)]
-        if self.stage >= 0:
-            names[self.stage + 1] = current
-        return names
-
     def rows(self, batch: Batch, wanted: Sequence[tuple[Mode, int]]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Weights (R, B, T + 1) of the wanted (mode, stage) rows, and the samples' routing features."""
         features = self(batch, INITIAL).routing
@@ -216,9 +184,7 @@ class ContinualVideoQA(VideoQA):
 
     def own_stages_of(self, batch: Batch) -> Tensor:
         """(B,) the stage (1..T) that trains each sample's domain, 0 where none does."""
-        first = first_stages(self.evaluated.domains, self.stages)
-        own = torch.tensor([*(stage or 0 for stage in first), 0], device=self.device)
-        return own[self.targets(batch).domains]
+        return self.own_stages(first_stages(self.evaluated.domains, self.stages), self.targets(batch).domains)
 
     def mixed_logits(self, batch: Batch, rows: Tensor, current: str = "live") -> Tensor:
         """(R, B, A) scores of the rows of weights, with the set ``current`` as the present stage's."""
@@ -266,11 +232,6 @@ class ContinualVideoQA(VideoQA):
         weights = rows[wanted.index((self.mode, last))][batch["counted"]]
         for row, each in zip(kept, weights.tolist()):
             row["weights"] = self.named_weights(each)
-
-    def named_weights(self, weights: Sequence[float]) -> dict[str, float]:
-        """Mixing weights above zero by adapter set."""
-        names = [INITIAL, *(s.name for s in self.stages)]
-        return {n: round(w, 6) for n, w in zip(names, weights) if w > 0}
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/<mode>/...`` for every mode and ``test/accuracy`` and details of the configured one."""

@@ -64,6 +64,7 @@ class VideoTextRetrieval(AdaptedModule):
     """
 
     saved_parts = ("bank", "head")
+    forward_methods: tuple[str, ...] = ("embed", "embed_captions", "levels_of")
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class VideoTextRetrieval(AdaptedModule):
         """As in the base; parts of the module that are called by themselves gather its slices too."""
         super().configure_model()
         if self.device_mesh is not None:
-            for name in ("embed", "embed_captions", "levels_of"):
+            for name in self.forward_methods:
                 register_fsdp_forward_method(self, name)
 
     def trained(self) -> dict[str, Tensor]:
@@ -222,17 +223,22 @@ class VideoTextRetrieval(AdaptedModule):
     def on_test_epoch_end(self) -> None:
         """Log recalls at all levels, of the normalised scores where there are such, and keep those of all variants."""
         ranking = self.ranking(self.shelf, self.normalizing)
-        self.test_results = {
-            "variants": {name: self.figures(ranking, name) for name in ranking.counts},
-            "levels": list(self.head.levels),
+        variants = {name: self.figures(ranking, name) for name in ranking.counts}
+        self.test_results = self.results_of(variants, ranking)
+        self.log_figures("test", list(variants.values())[-1])
+        self.test_answers = ranking.answers()
+        del self.shelf, self.normalizing
+
+    def results_of(self, variants: Mapping[str, Mapping[str, float]], ranking: Ranking) -> dict[str, Any]:
+        """What a report is made of; see `sections_of_retrieval`."""
+        return {
+            "variants": variants,
             "normalizer": None if self.normalizer is None else type(self.normalizer).__name__,
             "mode": None if self.normalizer is None else self.normalizer.mode,
             "videos": len(ranking.rows),
             "captions": sum(len(row["captions"]) for row in ranking.rows),
+            "domains": sorted({row["domain"] for row in ranking.rows}),
         }
-        self.log_figures("test", list(self.test_results["variants"].values())[-1])
-        self.test_answers = ranking.answers()
-        del self.shelf, self.normalizing
 
     def report_sections(self, samples: Sequence[Sample]) -> list[Section]:
         """The table of variants, and examples with pictures; see `ReportSource`."""

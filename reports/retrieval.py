@@ -29,8 +29,8 @@ def sections_of_retrieval(
     """The table of variants, and examples.
 
     Args:
-        results: ``variants`` (figures by name, by variant), ``levels``, ``normalizer``, ``mode``, ``videos``,
-            ``captions``.
+        results: ``variants`` (figures by name, by variant), ``normalizer``, ``mode``, ``videos``, ``captions``,
+            ``domains``.
         answers: one row per caption: ``id`` and ``domain`` of its video, ``caption``, ``rank``, ``top``.
         samples: the videos themselves; may be empty.
     """
@@ -40,7 +40,21 @@ def sections_of_retrieval(
     title = f"Recall in % and ranks of {results['captions']} captions and {results['videos']} videos"
     note = f"<p>{escape(_note(results))}</p>"
     table = Section(title, note + html_table(header, rows), printed=plain_table(title, header, rows))
-    return [table, Section("Examples", examples_html(answers, samples))]
+    return [table, *_of_domains(results), Section("Examples", examples_html(answers, samples))]
+
+
+def _of_domains(results: Mapping[str, Any]) -> list[Section]:
+    """R@1 of the texts and videos of each domain, where there are several."""
+    domains = results["domains"]
+    if len(domains) < 2:
+        return []
+    header = ["R@1, %", *(f"{name} {domain}" for name in DIRECTIONS.values() for domain in domains)]
+    rows = [
+        [variant, *(f"{figures[f'{way}/R@1/{domain}']:.1f}" for way in DIRECTIONS for domain in domains)]
+        for variant, figures in results["variants"].items()
+    ]
+    title = "By domain of the query, among the candidates of all domains"
+    return [Section(title, html_table(header, rows), printed=plain_table(title, header, rows))]
 
 
 def _cells(figures: Mapping[str, float]) -> list[str]:
