@@ -22,6 +22,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("fulgurite.commands.train", "evaluate a checkpoint on the validation questions"),
     "test": ("fulgurite.commands.train", "evaluate a checkpoint on the test questions"),
     "predict": ("fulgurite.commands.train", "answer questions and write predictions.jsonl"),
+    "index": ("fulgurite.commands.index", "embed the videos of a folder, so that they can be searched"),
+    "search": ("fulgurite.commands.search", "find videos of an index by what they show"),
     "features": ("fulgurite.commands.features", "extract frame features once and store them"),
     "data": ("fulgurite.commands.data", "make the default videos and questions"),
     "statistics": ("fulgurite.commands.statistics", "measure what RegMean and Fisher weigh a model by"),
@@ -29,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prune": ("fulgurite.commands.prune", "set weights of a model to zero, without training"),
     "quantize": ("fulgurite.commands.quantize", "put weights of a model on grids of a few bits"),
     "export": ("fulgurite.commands.export", "write a run or artefact as a model of another library"),
-    "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, adapters, stores"),
+    "verify": ("fulgurite.commands.verify", "check every digest of runs, checkpoints, stores, indexes"),
     "inspect": ("fulgurite.commands.inspection", "print what runs and checkpoints hold, and where they came from"),
 }
 

@@ -177,12 +177,12 @@ def device_named(name: str) -> str:
 
 
 def _video_files(named: list[str]) -> Iterator[Path]:
-    from fulgurite.samples.video import SUFFIXES
+    from fulgurite.samples.video import SUFFIXES, video_files
 
     for name in named:
         path = Path(name)
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            found = video_files(path)
             if not found:
                 raise DataError(f"--videos {name}: no file ending in {', '.join(SUFFIXES)}")
             yield from found

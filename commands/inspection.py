@@ -27,9 +27,9 @@ Entry = tuple[Path, "Manifest"]
 def run(command: str, argv: list[str]) -> int:
     """Print tables for a person, or JSON for a machine. Tensors are not read; ``verify`` checks them."""
     parser = PlainParser(
-        prog="fulgurite inspect", description="Print what checkpoints, runs, adapters and feature stores hold."
+        prog="fulgurite inspect", description="Print what checkpoints, runs, adapters, feature stores and indexes hold."
     )
-    parser.add_argument("path", type=Path, help="checkpoint, adapters, run, folder of runs, or feature store")
+    parser.add_argument("path", type=Path, help="checkpoint, adapters, run, folder of runs, feature store, or index")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of a checkpoint")
     parser.add_argument("--settings", action="store_true", help="print the settings that a checkpoint was made with")
     parser.add_argument(
@@ -101,9 +101,10 @@ def print_overview(root: Path, entries: Iterable[Entry]) -> None:
         rows = list(group)
         if parent is not None:
             tensors = sum(len(records) for _, m in rows for records in m.tensors.values())
-            settings = rows[0][1].settings
+            settings = rows[0][1].settings.get("index", rows[0][1].settings)
             made = ", ".join(str(settings[key]) for key in ("name", "dtype") if key in settings)
-            name, kind = _relative(parent, root), f"features of {tensors} videos in {len(rows)} shards"
+            videos = sum(m.facts.get("videos", 0) for _, m in rows) or tensors
+            name, kind = _relative(parent, root), f"features of {videos} videos in {len(rows)} shards"
             size, written = sum(map(_bytes, (m for _, m in rows))), max(m.created for _, m in rows)
             table.add_row(name, kind, "", "", "", size_text(size), made, _when(written))
             continue
@@ -111,7 +112,7 @@ def print_overview(root: Path, entries: Iterable[Entry]) -> None:
             facts = manifest.facts
             table.add_row(
                 _relative(folder, root),
-                manifest.kind,
+                facts.get("holds", manifest.kind),
                 stage_text(facts),
                 str(facts.get("epoch", "")),
                 str(facts.get("global_step", "")),

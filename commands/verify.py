@@ -32,7 +32,7 @@ def run(command: str, argv: list[str]) -> int:
         "path",
         type=Path,
         nargs="+",
-        help="run, folder of runs, checkpoints folder, checkpoint, adapters, feature store",
+        help="run, folder of runs, checkpoints folder, checkpoint, adapters, feature store, index",
     )
     options = parser.parse_args(argv)
     from fulgurite.checkpoints import audit

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".gif", ".mpg", ".mpeg")
 
 
+def video_files(folder: Path) -> list[Path]:
+    """Files below ``folder``, at any depth, that end like videos, sorted."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and not file.is_dir())
+
+
 @dataclass(frozen=True)
 class Video:
     """A lazy video file. Holds nothing but where it is, so it is hashable and cheap to send to a worker.

@@ -21,6 +21,8 @@ def test_the_commands_are_these():
         "validate",
         "test",
         "predict",
+        "index",
+        "search",
         "features",
         "data",
         "statistics",
