@@ -239,3 +239,22 @@ def test_what_fails_on_one_rank_is_told_to_all(kind, language_models, on_ranks):
     first, second = on_ranks(2, work)
     assert "rank 1 failed: ValueError: model.layers.0: a mask of (2, 5) does not fit" in str(first)
     assert str(second).startswith("model.layers.0: a mask of (2, 5)")
+
+
+@pytest.mark.parametrize(("kind", "why"), [("attention", "it never calls"), ("norm", "is not finite")])
+def test_what_cannot_be_measured_on_one_rank_is_told_to_all(kind, why, language_models, on_ranks):
+    model, spec = language_models["llama"]
+
+    def work(ranks):
+        own = eager(model) if ranks.rank and kind == "attention" else copy.deepcopy(model)
+        ids = torch.randint(3, 40, (2, 6), generator=torch.Generator().manual_seed(ranks.rank))
+        walk = walk_of(own, spec, "llama", ranks=ranks, batches=[ids])
+        block = next(iter(walk))
+        if ranks.rank and kind == "norm":
+            block.inputs[0][0, 0] = torch.nan
+        return TokenImportance(kind)(block)
+
+    first, second = on_ranks(2, work)
+    assert str(first).startswith("rank 1 failed: ValueError: model.layers.0: ")
+    assert why in str(first)
+    assert str(second).startswith("model.layers.0: ")
