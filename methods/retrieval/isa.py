@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SPAN = 40.0  # exp(-40) = 4e-18 changes no sum of some hundred weights in float32, and is far above the smallest number
+
 
 def interactive_similarity(x: Tensor, matrix: Tensor, temperature: float = 0.01, mask: Tensor | None = None) -> Tensor:
     """ISA over the last axis, in float32 at least, also under autocast.
@@ -35,13 +37,20 @@ def interactive_similarity(x: Tensor, matrix: Tensor, temperature: float = 0.01,
         raise ValueError(f"{size} similarities do not fit an aggregation matrix for up to {len(matrix)}")
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        first = x / temperature
-        if mask is not None:
-            first = first.masked_fill(~mask, -torch.inf)
-        second = first.softmax(-1) @ matrix[:size, :size].to(x.dtype) / temperature
-        if mask is not None:
-            second = second.masked_fill(~mask, -torch.inf)
-        return (second.softmax(-1) * x).sum(-1)
+        second = _softmax(x / temperature, mask) @ matrix[:size, :size].to(x.dtype) / temperature
+        return (_softmax(second, mask) * x).sum(-1)
+
+
+def _softmax(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last axis, with no weight below exp(-`SPAN`) but the zeros of what ``mask`` leaves out.
+
+    At temperature 0.01 most weights would be subnormal numbers, or become so when they meet a gradient, and processors
+    are many times slower with those.
+    """
+    if mask is not None:
+        x = x.masked_fill(~mask, -torch.inf)
+    weights = (x - x.amax(-1, keepdim=True).detach()).clamp_min(-SPAN).softmax(-1)
+    return weights if mask is None else weights.masked_fill(~mask, 0)
 
 
 def identity_diagonals(size: int) -> Tensor:
