@@ -68,9 +68,11 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what trains."""
-        if isinstance(pl_module, AdaptedModule):
+        if isinstance(pl_module, AdaptedModule) and pl_module.bank.sites:
             rank_zero_info(str(pl_module.bank.report()))
-            return
+            others = len(pl_module.trained()) - len(pl_module.bank.parameters_of(pl_module.bank.live))
+            if not others:
+                return
         total = sum(parameter.numel() for parameter in pl_module.parameters())
         trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
         rank_zero_info(f"{trained:,} of {total:,} parameters train ({trained / max(total, 1):.2%})")
@@ -113,8 +115,12 @@ class RunFolder(Callback):
         """Gather the rows of all ranks and write them in the order of the data.
 
         Rank r of W holds the items r::W of every global batch, so sorting by (loader, batch, position, rank)
-        gives the order of the data back. All rows are held in memory once, on rank 0 twice.
+        gives the order of the data back. All rows are held in memory once, on rank 0 twice. A module that predicts by
+        the whole split gives its rows here, by ``predicted``, those of rank after rank in the order of the data.
         """
+        if hasattr(pl_module, "predicted"):
+            rank, rows = trainer.global_rank, pl_module.predicted()
+            self.predictions += [((0, rank, position, 0), plain(row)) for position, row in enumerate(rows)]
         rows, self.predictions = gather_rows(self.predictions), []
         if trainer.is_global_zero and not trainer.fast_dev_run:
             ordered = [row for _, row in sorted(rows, key=lambda item: item[0])]

@@ -164,6 +164,11 @@ class ContinualRetrieval(StageSets, VideoTextRetrieval):
             shelf.add(*self.embed_in([self.mode], batch)[self.mode], batch)
         return self.figures(self.ranking(shelf))
 
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Keep the features of a batch, by the configured mode."""
+        self.shelf.add(*self.embed_in([self.mode], batch)[self.mode], batch)
+        return []
+
     def on_test_start(self) -> None:
         """Each test begins with nothing."""
         self.shelves = {mode: Shelf() for mode in self.modes}

@@ -20,7 +20,7 @@ from fulgurite.methods.ranks import Ranks
 from fulgurite.methods.retrieval.features import TextFeatures, VideoFeatures
 from fulgurite.methods.retrieval.normalizers import Blocks, ScoreNormalizer
 from fulgurite.methods.retrieval.ranks import RankCounts, ranks_of_counts
-from fulgurite.samples import Batch
+from fulgurite.samples import Batch, DataError
 
 Direction = Literal["text_to_video", "video_to_text"]
 Scorer = Callable[[TextFeatures, VideoFeatures], Tensor]
@@ -108,30 +108,32 @@ class Ranking:
 
     def answers(self) -> list[dict[str, Any]]:
         """One JSON-able row per text of this process: its rank by the last variant, and the best videos."""
-        counts = list(self.counts.values())[-1]
-        ranks, starts = (
-            ranks_of_counts(counts.texts).tolist(),
-            torch.unique_consecutive(counts.owner, return_counts=True),
-        )
-        firsts = (starts[1].cumsum(0) - starts[1]).tolist()
-        answers = []
-        for i, (best, scores) in enumerate(zip(self.top[0].tolist(), self.top[1].tolist())):
-            text = self.first + i
-            row = self.rows[int(counts.owner[text])]
-            number = text - firsts[int(counts.owner[text])]
-            answers.append(
-                {
-                    "id": row["id"],
-                    "domain": row["domain"],
-                    "caption": row["captions"][number],
-                    "rank": ranks[text],
-                    "top": [
-                        {"id": self.rows[j]["id"], "domain": self.rows[j]["domain"], "score": round(score, 4)}
-                        for j, score in zip(best, scores)
-                    ],
-                }
-            )
-        return answers
+        ranks = ranks_of_counts(list(self.counts.values())[-1].texts).tolist()
+        found = best_videos(self.rows, self.first, self.top)
+        return [{**row, "rank": ranks[self.first + i]} for i, row in enumerate(found)]
+
+
+def best_videos(rows: Sequence[dict[str, Any]], first: int, top: tuple[Tensor, Tensor]) -> list[dict[str, Any]]:
+    """One JSON-able row per text of a process: the video that it was given with, itself, and the best videos.
+
+    Args:
+        rows: of all videos.
+        first: number of the process's first text.
+        top: (b, k) numbers of the best videos of its texts, and their scores.
+    """
+    texts = [(row, caption) for row in rows for caption in row["captions"]]
+    return [
+        {
+            "id": row["id"],
+            "domain": row["domain"],
+            "caption": caption,
+            "top": [
+                {"id": rows[video]["id"], "domain": rows[video]["domain"], "score": round(score, 4)}
+                for video, score in zip(best, scores)
+            ],
+        }
+        for (row, caption), best, scores in zip(texts[first:], *(each.tolist() for each in top))
+    ]
 
 
 @dataclass
@@ -193,6 +195,19 @@ class Evaluation:
             self.rows,
             self.first_text,
         )
+
+    def best(self) -> list[dict[str, Any]]:
+        """`best_videos` by the raw scores of all levels, for texts of which none need be right. All processes call it.
+
+        Raises:
+            DataError: there are no texts.
+        """
+        if not len(self.owner):
+            raise DataError("there are no captions to rank videos by: give the data some, or use index and search")
+        top = [torch.zeros(0, min(TOP, len(self.rows))).sort()]
+        top += [scores.mean(0).topk(min(TOP, len(self.rows))) for _, scores in self.rows_of_texts()]
+        both = torch.cat([each.indices for each in top]), torch.cat([each.values for each in top])
+        return best_videos(self.rows, self.first_text, both)
 
     def _combined(self, direction: Direction, scores: Tensor, n: int, normalized: bool, columns: slice) -> Tensor:
         """(q, c) of the first ``n`` levels ``scores`` (n, q, c) of queries and some candidates."""

@@ -251,13 +251,30 @@ class VideoTextRetrieval(AdaptedModule):
             shelf.add(*self.embed(batch), batch)
         return self.figures(self.ranking(shelf))
 
+    def on_predict_start(self) -> None:
+        """Each prediction begins with nothing."""
+        self.shelf = Shelf()
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Keep the features of a batch; what is predicted takes all of them, see `predicted`."""
+        self.shelf.add(*self.embed(batch), batch)
+        return []
+
+    def predicted(self) -> list[dict[str, Any]]:
+        """One row per caption of this process: the best videos of the split. All processes call it."""
+        return self.evaluation(self.shelf).best()
+
     @torch.no_grad()
     def ranking(self, shelf: Shelf, normalizing: Normalizing | None = None) -> Ranking:
         """Ranks of what all processes have on their shelves."""
+        return self.evaluation(shelf, normalizing).run()
+
+    def evaluation(self, shelf: Shelf, normalizing: Normalizing | None = None) -> Evaluation:
+        """Of what all processes have on their shelves."""
         ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
         if isinstance(self, FSDPModule):
             self.unshard()  # once, together: processes score different numbers of blocks
-        return Evaluation(shelf, self.score_block, self.head.levels, ranks, normalizing).run()
+        return Evaluation(shelf, self.score_block, self.head.levels, ranks, normalizing)
 
     def score_block(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
         """(L, T, V) scores, of features from the CPU and back there."""

@@ -1,11 +1,13 @@
 """What trains, what an evaluation counts, and what a checkpoint brings back."""
 
 import functools
+import json
 
 import numpy as np
 import pytest
 import torch
 
+from fulgurite.callbacks.run_folder import RunFolder
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.optimizers.bert_adam import BertAdam
@@ -213,3 +215,17 @@ def test_a_dynamic_query_bank_cannot_normalise_captions(module, data, trainer):
 def test_a_bank_needs_training_captions(module, data, trainer):
     with pytest.raises(DataError, match="training split"):
         trainer().test(module(normalizer=Sinkhorn()), datamodule=data(train=None), verbose=False)
+
+
+def test_predictions_are_the_best_videos_of_each_caption(module, data, trainer, tmp_path):
+    net, videos = module(), data()
+    folder = RunFolder(tmp_path, "model: {}\n")
+    trainer(callbacks=[folder]).predict(net, datamodule=videos)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    samples = videos.samples("predict")
+    scores, _ = whole_scores(net.eval(), samples)
+    assert [row["caption"] for row in rows] == [caption for sample in samples for caption in sample.captions]
+    best = scores.mean(0).topk(5)
+    for row, indices, values in zip(rows, best.indices.tolist(), best.values.tolist()):
+        assert [hit["id"] for hit in row["top"]] == [samples[i].id for i in indices]
+        assert [hit["score"] for hit in row["top"]] == pytest.approx(values, abs=1e-3)
