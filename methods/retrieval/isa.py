@@ -37,20 +37,21 @@ def interactive_similarity(x: Tensor, matrix: Tensor, temperature: float = 0.01,
         raise ValueError(f"{size} similarities do not fit an aggregation matrix for up to {len(matrix)}")
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        second = _softmax(x / temperature, mask) @ matrix[:size, :size].to(x.dtype) / temperature
-        return (_softmax(second, mask) * x).sum(-1)
+        second = sharp_softmax(x / temperature, mask) @ matrix[:size, :size].to(x.dtype) / temperature
+        return (sharp_softmax(second, mask) * x).sum(-1)
 
 
-def _softmax(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the last axis, with no weight below exp(-`SPAN`) but the zeros of what ``mask`` leaves out.
+def sharp_softmax(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax over the last axis, with no weight for what ``mask`` leaves out, or where it would be below exp(-`SPAN`).
 
     At temperature 0.01 most weights would be subnormal numbers, or become so when they meet a gradient, and processors
     are many times slower with those.
     """
     if mask is not None:
         x = x.masked_fill(~mask, -torch.inf)
-    weights = (x - x.amax(-1, keepdim=True).detach()).clamp_min(-SPAN).softmax(-1)
-    return weights if mask is None else weights.masked_fill(~mask, 0)
+    with torch.no_grad():
+        small = x < x.amax(-1, keepdim=True) - SPAN
+    return x.masked_fill(small, -torch.inf).softmax(-1)
 
 
 def identity_diagonals(size: int) -> Tensor:

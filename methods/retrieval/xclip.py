@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.retrieval.features import TextFeatures, TextTokens, VideoFeatures, VideoTokens
 from fulgurite.methods.retrieval.head import RetrievalHead, TowerFacts
+from fulgurite.methods.retrieval.isa import sharp_softmax
 from fulgurite.methods.retrieval.pooling import Temporal, VideoVector, require_length, unit, without_autocast
 from fulgurite.methods.retrieval.tiles import Level, tiled_scores
 
@@ -40,9 +41,7 @@ def attended(x: Tensor, matrix: Tensor, temperature: float = 0.01, mask: Tensor 
         (...).
     """
     size, scaled = x.shape[-1], x / temperature
-    if mask is not None:
-        scaled = scaled.masked_fill(~mask, -torch.inf)
-    weights = scaled.softmax(-1) @ matrix[:size, :size]
+    weights = sharp_softmax(scaled, mask) @ matrix[:size, :size]
     if mask is not None:
         weights = weights.masked_fill(~mask, 0)
     return (weights * x).sum(-1)
