@@ -1,8 +1,26 @@
-"""A tiny model of transformers for towers for text."""
+"""Tiny dual encoders of open_clip, of every kind of tower."""
 
 import pytest
 
 from fulgurite.backbones.sources import resolve_source
+
+WORDS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+VIEW = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
+TIMM = {"image_size": 64, "timm_model_name": "test_vit", "timm_pool": "token"}
+CONV = {"image_size": 64, "timm_model_name": "test_efficientnet", "timm_pool": "avg"}
+BERT = {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+KINDS = {
+    "clip": (VIEW, WORDS, {"quick_gelu": True}),
+    "averaging": (VIEW | {"pool_type": "avg"}, WORDS | {"proj_bias": True}, {"custom_text": True}),
+    "averaging_then_norm": (VIEW | {"pool_type": "avg", "final_ln_after_pool": True}, WORDS, {}),
+    "other_attention": (VIEW | {"qk_norm": True}, WORDS | {"scale_fc": True}, {}),
+    "whole_context": (VIEW, WORDS | {"no_causal_mask": True, "pool_type": "last"}, {"custom_text": True}),
+    "timm_vit": (TIMM, WORDS | {"width": 48, "heads": 3}, {}),
+    "timm_vit_averaging": (TIMM | {"timm_pool": "avg", "timm_proj": "mlp"}, BERT, {}),
+    "timm_convolutions": (CONV, BERT | {"hf_proj_type": "mlp"}, {}),
+    "timm_classifier": (CONV | {"timm_model_name": "test_convnext", "timm_proj": ""}, BERT, {}),
+    "resnet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, WORDS, {}),
+}
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +36,34 @@ def tiny_bert(tmp_path_factory):
         AutoModel.from_config(AutoConfig.from_pretrained(source, **shape)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+def config(kind):
+    view, words, rest = KINDS[kind]
+    return {"embed_dim": 32, "vision_cfg": dict(view), "text_cfg": dict(words), **rest}
+
+
+@pytest.fixture
+def config_of():
+    """The configuration of one of the kinds of dual encoders."""
+    return config
+
+
+@pytest.fixture
+def make(tiny_bert):
+    """Builds a tiny dual encoder of a kind."""
+
+    def build(kind="clip", **options):
+        given = {"model": config(kind), "num_frames": 2, "max_words": 16, "frame_rule": "uniform"}
+        text = {"text": str(tiny_bert)} if KINDS[kind][1].get("hf_pooler_type") else {}
+        from fulgurite.backbones.open_clip_video_text import OpenClipVideoText
+
+        return OpenClipVideoText(**{**given, "pretrained": None, **text, **options})
+
+    return build
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    """Every kind of dual encoder."""
+    return request.param

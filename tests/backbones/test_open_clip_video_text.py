@@ -1,14 +1,12 @@
 """Tokens of several kinds of towers against open_clip's own features, and what must hold of any of them."""
 
 import copy
-import json
 
 import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fulgurite.backbones.open_clip_video_text import OpenClipVideoText
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.lora import LoRA
@@ -16,23 +14,6 @@ from fulgurite.methods.retrieval.patch_shift import shift_patches
 from fulgurite.samples import Sample
 
 CAPTIONS = ("a dog runs", "two cats sit on a mat and sleep")
-WORDS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-VIEW = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
-TIMM = {"image_size": 64, "timm_model_name": "test_vit", "timm_pool": "token"}
-CONV = {"image_size": 64, "timm_model_name": "test_efficientnet", "timm_pool": "avg"}
-BERT = {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
-KINDS = {
-    "clip": (VIEW, WORDS, {"quick_gelu": True}),
-    "averaging": (VIEW | {"pool_type": "avg"}, WORDS | {"proj_bias": True}, {"custom_text": True}),
-    "averaging_then_norm": (VIEW | {"pool_type": "avg", "final_ln_after_pool": True}, WORDS, {}),
-    "other_attention": (VIEW | {"qk_norm": True}, WORDS | {"scale_fc": True}, {}),
-    "whole_context": (VIEW, WORDS | {"no_causal_mask": True, "pool_type": "last"}, {"custom_text": True}),
-    "timm_vit": (TIMM, WORDS | {"width": 48, "heads": 3}, {}),
-    "timm_vit_averaging": (TIMM | {"timm_pool": "avg", "timm_proj": "mlp"}, BERT, {}),
-    "timm_convolutions": (CONV, BERT | {"hf_proj_type": "mlp"}, {}),
-    "timm_classifier": (CONV | {"timm_model_name": "test_convnext", "timm_proj": ""}, BERT, {}),
-    "resnet": ({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, WORDS, {}),
-}
 OWN = ("attention_output", "feed_forward_input", "feed_forward_output")
 
 
@@ -50,26 +31,6 @@ class Frames:
         return noise[list(indices)]
 
 
-def config(kind):
-    view, words, rest = KINDS[kind]
-    return {"embed_dim": 32, "vision_cfg": dict(view), "text_cfg": dict(words), **rest}
-
-
-@pytest.fixture
-def make(tiny_bert):
-    def build(kind="clip", **options):
-        given = {"model": config(kind), "num_frames": 2, "max_words": 16, "frame_rule": "uniform"}
-        text = {"text": str(tiny_bert)} if KINDS[kind][1].get("hf_pooler_type") else {}
-        return OpenClipVideoText(**{**given, "pretrained": None, **text, **options})
-
-    return build
-
-
-@pytest.fixture(params=KINDS)
-def kind(request):
-    return request.param
-
-
 def samples(*frames):
     return [
         Sample(name, "d", task="retrieval", captions=CAPTIONS[: 1 + number], video=Frames(name, count))
@@ -84,12 +45,12 @@ def run(backbone, batch=None):
     return text.words, text.sentence, video.tokens
 
 
-def plain(backbone, kind):
+def plain(backbone, config):
     """open_clip's own model with the same weights, built apart."""
     custom = hasattr(backbone.model, "text")
-    if KINDS[kind][1].get("hf_pooler_type"):
+    if hasattr(backbone.text_tower, "pooler"):
         return copy.deepcopy(backbone.model)
-    arguments = {name: value for name, value in config(kind).items() if name != "custom_text"}
+    arguments = {name: value for name, value in config.items() if name != "custom_text"}
     model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**arguments).eval()
     if hasattr(model.visual, "trunk"):
         model.visual.set_input_size((64, 64))
@@ -98,11 +59,11 @@ def plain(backbone, kind):
 
 
 @torch.no_grad()
-def test_captions_and_frames_are_open_clips_own_features(make, kind):
+def test_captions_and_frames_are_open_clips_own_features(make, kind, config_of):
     backbone = make(kind)
     batch = backbone.collator("fit")(samples())
     words, sentence, tokens = run(backbone, batch)
-    reference = plain(backbone, kind)
+    reference = plain(backbone, config_of(kind))
     assert words.shape == (3, 16, 32)
     assert tokens.shape[:2] == (2, 2)
     torch.testing.assert_close(sentence, reference.encode_text(batch["text"]), rtol=1e-4, atol=1e-5)
@@ -111,11 +72,11 @@ def test_captions_and_frames_are_open_clips_own_features(make, kind):
 
 
 @torch.no_grad()
-def test_tokens_of_clip_are_all_of_the_last_block_projected(make):
+def test_tokens_of_clip_are_all_of_the_last_block_projected(make, config_of):
     backbone = make("clip")
     batch = backbone.collator("fit")(samples())
     words, _, tokens = run(backbone, batch)
-    reference = plain(backbone, "clip")
+    reference = plain(backbone, config_of("clip"))
     reference.visual.output_tokens = True
     _, patches = reference.visual(batch["pixels"].flatten(0, 1))
     assert tokens.shape == (2, 2, 17, 32)
@@ -346,104 +307,19 @@ def test_stored_tokens_are_known_by_trunk_and_preparation(make):
     assert backbone.feature_extractor().encoder.fingerprint == digests["one"]
 
 
-def test_facts_for_a_head(make):
+def test_facts_for_a_head(make, config_of):
     backbone = make("clip")
     facts = backbone.tower_facts()
     assert (facts.width, facts.heads) == (32, 2)
     assert facts.logit_scale == pytest.approx(float(backbone.model.logit_scale))
     expected = {
         name: tensor
-        for name, tensor in open_clip.CLIP(**config("clip")).state_dict().items()
+        for name, tensor in open_clip.CLIP(**config_of("clip")).state_dict().items()
         if name.startswith("transformer.") or name == "positional_embedding"
     }
     assert {name: t.shape for name, t in facts.text_blocks.items()} == {n: t.shape for n, t in expected.items()}
     assert not make("timm_vit").tower_facts().text_blocks
     assert not make("timm_convolutions").tower_facts().text_blocks
-
-
-def test_weights_come_from_files_and_folders(make, tmp_path):
-    from safetensors.torch import save_file
-
-    written = make("clip", seed=3)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_file(written.model.state_dict(), folder / "open_clip_model.safetensors")
-    preprocess = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "resize_mode": "squash"}
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config("clip"), "preprocess_cfg": preprocess})
-    )
-    for options in (
-        {"pretrained": str(folder / "open_clip_model.safetensors")},
-        {"pretrained": str(folder), "model": str(folder)},
-    ):
-        read = make("clip", **options)
-        assert read.fingerprint == written.fingerprint
-    assert (read.transform.mean, read.transform.fit, read.transform.size) == ((0.1, 0.2, 0.3), "stretch", 32)
-    assert read.source == str(folder)
-    assert make("clip").transform.fit == "crop"
-
-
-def test_weights_of_timm_fill_the_trunk(make, tmp_path):
-    import timm
-
-    torch.manual_seed(5)
-    whole = timm.create_model("test_efficientnet")
-    torch.save({f"renamed.{name}": tensor for name, tensor in whole.state_dict().items()}, tmp_path / "w.pth")
-    backbone = make("timm_convolutions", vision_weights=str(tmp_path / "w.pth"))
-    assert all(torch.equal(t, whole.state_dict()[n]) for n, t in backbone.model.visual.trunk.state_dict().items())
-    assert backbone.transform.mean == tuple(whole.pretrained_cfg["mean"])
-
-
-def test_random_weights_follow_the_seed_alone(make, kind):
-    torch.manual_seed(1)
-    expected = torch.rand(1)
-    torch.manual_seed(1)
-    first = make(kind)
-    assert torch.equal(torch.rand(1), expected)
-    assert first.fingerprint == make(kind).fingerprint != make(kind, seed=1).fingerprint
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"model": "ViT-B-3"}, r"no model 'ViT-B-3'.*near: \['ViT-B"),
-        ({"model": {"embed_dim": 32}}, r"custom lacks \['text_cfg', 'vision_cfg'\]"),
-        ({"pretrained": "no_tag"}, "'no_tag' is no file or folder, and no weights of custom"),
-        ({"model": "ViT-B-32", "pretrained": "openai"}, "another GELU than ViT-B-32 has: model: ViT-B-32-quickgelu"),
-        ({"max_words": 17}, "max_words=17: the tower for text reads 3 to 16"),
-        ({"grid": 0}, "grid=0 must be positive"),
-        ({"patch_shift": [2]}, r"blocks \[2\], but there are 0 to 1"),
-        ({"vision_weights": "w.pth"}, "none of its"),
-        ({"num_frames": 0}, "count=0"),
-    ],
-)
-def test_what_does_not_fit_is_refused(make, options, said, monkeypatch):
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda facts: "nowhere")
-    with pytest.raises(ValueError, match=said):
-        make("clip", **options)
-
-
-def test_towers_without_such_tokens_are_refused(make, tmp_path):
-    for change in ({"attentional_pool": True}, {"timm_model_name": "test_efficientnet", "timm_pool": "rot_attn"}):
-        broken = config("clip")
-        broken["vision_cfg"] |= change
-        with pytest.raises(ValueError, match=r"attention has no token|open_clip's own"):
-            make("clip", model=broken)
-    with pytest.raises(ValueError, match="no blocks of attention"):
-        make("timm_convolutions", patch_shift=[0])
-    with pytest.raises(ValueError, match="embed_cls"):
-        make("averaging", model=config("averaging") | {"text_cfg": WORDS | {"embed_cls": True}})
-    (tmp_path / "a.pt").write_bytes(b"")
-    (tmp_path / "b.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match="should hold one file of weights"):
-        make("clip", pretrained=str(tmp_path))
-    with pytest.raises(ValueError, match=r"grid=9 cells per side, but the tower has \(4, 4\)"):
-        run(make("clip", grid=9))
-    state = make("clip").model.state_dict()
-    state.pop("visual.proj")
-    torch.save(state, tmp_path / "c.pth")
-    with pytest.raises(ValueError, match="does not hold the weights of custom"):
-        make("clip", pretrained=str(tmp_path / "c.pth"))
 
 
 def test_a_copy_is_a_model_of_its_own(make):
