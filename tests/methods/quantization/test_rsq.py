@@ -1,5 +1,6 @@
 import copy
 import itertools
+from collections import Counter
 
 import pytest
 import torch
@@ -131,6 +132,17 @@ def test_rare_tokens_and_those_far_from_centroids(language_models, on_ranks):
         for number in range(2):
             torch.testing.assert_close(own_rare[number], rare[2 * number + rank])
             torch.testing.assert_close(own_far[number], far[2 * number + rank])
+
+
+def test_padding_makes_no_token_frequent(language_models):
+    batches = [torch.randint(3, 9, (2, 6), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    for ids in batches:
+        ids[MASK == 0] = ids[0, 0]  # filled with what is a token elsewhere
+    block = next(iter(walk_of(*language_models["llama"], "llama", masked=True, batches=batches)))
+    counts = Counter(torch.cat([ids[MASK != 0] for ids in batches]).tolist())
+    for found, ids in zip(TokenImportance("frequency")(block), batches, strict=True):
+        raw = torch.tensor([[-float(counts[token]) for token in row] for row in ids.tolist()])
+        torch.testing.assert_close(found, token_shares(token_weights(raw, MASK), MASK))
 
 
 def test_runs_of_the_sequence_are_the_gram_of_their_tokens(language_models):
