@@ -233,6 +233,7 @@ class VideoTextRetrieval(AdaptedModule):
         """What a report is made of; see `sections_of_retrieval`."""
         return {
             "variants": variants,
+            "levels": list(self.head.levels),
             "normalizer": None if self.normalizer is None else type(self.normalizer).__name__,
             "mode": None if self.normalizer is None else self.normalizer.mode,
             "videos": len(ranking.rows),

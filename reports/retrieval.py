@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -29,13 +30,13 @@ def sections_of_retrieval(
     """The table of variants, and examples.
 
     Args:
-        results: ``variants`` (figures by name, by variant), ``normalizer``, ``mode``, ``videos``, ``captions``,
-            ``domains``.
+        results: ``variants`` (figures by name, by variant), ``levels``, ``normalizer``, ``mode``, ``videos``,
+            ``captions``, ``domains``.
         answers: one row per caption: ``id`` and ``domain`` of its video, ``caption``, ``rank``, ``top``.
         samples: the videos themselves; may be empty.
     """
-    header = ["levels", *(f"{name} {figure}" for name in DIRECTIONS.values() for figure in FIGURES)]
-    rows = [[variant, *_cells(figures)] for variant, figures in results["variants"].items()]
+    header = ["", *(f"{name} {figure}" for name in DIRECTIONS.values() for figure in FIGURES)]
+    rows = [[_label(variant, results), *_cells(figures)] for variant, figures in results["variants"].items()]
     rows.append(["chance", *_chance(results["videos"]) * len(DIRECTIONS)])
     title = f"Recall in % and ranks of {results['captions']} captions and {results['videos']} videos"
     note = f"<p>{escape(_note(results))}</p>"
@@ -50,11 +51,21 @@ def _of_domains(results: Mapping[str, Any]) -> list[Section]:
         return []
     header = ["R@1, %", *(f"{name} {domain}" for name in DIRECTIONS.values() for domain in domains)]
     rows = [
-        [variant, *(f"{figures[f'{way}/R@1/{domain}']:.1f}" for way in DIRECTIONS for domain in domains)]
+        [
+            _label(variant, results),
+            *(f"{figures[f'{way}/R@1/{domain}']:.1f}" for way in DIRECTIONS for domain in domains),
+        ]
         for variant, figures in results["variants"].items()
     ]
     title = "By domain of the query, among the candidates of all domains"
     return [Section(title, html_table(header, rows), printed=plain_table(title, header, rows))]
+
+
+def _label(variant: str, results: Mapping[str, Any]) -> str:
+    """A variant with the numbers of its levels in place of their names; one that has other names as it is."""
+    for number, level in enumerate(results["levels"], start=1):
+        variant = re.sub(rf"(^|\+){level}(?=\+|$)", rf"\g<1>{number}", variant)
+    return variant.replace("+normalized", ", normalised").replace("+", " + ")
 
 
 def _cells(figures: Mapping[str, float]) -> list[str]:
@@ -68,9 +79,10 @@ def _chance(candidates: int) -> list[str]:
 
 def _note(results: Mapping[str, Any]) -> str:
     error = 50 / math.sqrt(results["captions"])
+    levels = ", ".join(f"{number} {level}" for number, level in enumerate(results["levels"], start=1))
     text = (
-        "t2v: the video of a text, v2t: a text of a video. A row scores by the mean of its levels; all rows are of one "
-        "model. Ranks count from 1, equal scores half. "
+        f"Levels: {levels}. t2v: the video of a text, v2t: a text of a video. A row scores by the mean of its levels; "
+        "all rows are of one model. Ranks count from 1, equal scores half. "
         f"A recall of 50 % has a standard error of {error:.1f} points here."
     )
     if results["normalizer"] is None:
