@@ -16,7 +16,8 @@ BACKBONES = ["PrefixEncoder", "FrozenBiLM"]
 # Their pairs are in test_pictures.py.
 PICTURE_MODULES = ["AdaMerging", "ImageClassifier"]
 PICTURE_DATAMODULES = ["ImageFolder", "Pictures", "UnlabelledTasks"]
-# Captions and no questions: they are for retrieval.
+# Their pairs are in test_retrieval_records.py.
+RETRIEVAL_MODULES = ["ContinualRetrieval", "VideoTextRetrieval"]
 CAPTION_DATAMODULES = ["ActivityNet", "CaptionWorlds", "CaptionedVideos", "Didemo", "Lsmdc", "MsrVtt", "Msvd", "Vatex"]
 # What a DataModule fills, by the backbone whose fields they are. The official sets have CLIP features and raw videos.
 FILLED = {"PrefixEncoder": ALL_DATAMODULES, "FrozenBiLM": ["VideoQADataModule", "SixDomains"]}
@@ -138,5 +139,5 @@ def test_no_module_or_datamodule_is_missing_in_the_lists():
             for base, names in found.items():
                 if issubclass(each, base) and not inspect.isabstract(each):
                     names.add(name)
-    assert found[pl.LightningModule] == {*ALL_MODULES, *PICTURE_MODULES}
+    assert found[pl.LightningModule] == {*ALL_MODULES, *PICTURE_MODULES, *RETRIEVAL_MODULES}
     assert found[pl.LightningDataModule] == {*ALL_DATAMODULES, *PICTURE_DATAMODULES, *CAPTION_DATAMODULES}

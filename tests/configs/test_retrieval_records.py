@@ -15,6 +15,7 @@ from fulgurite.commands.yaml_loader import load_file
 ROOT = Path(fulgurite.__file__).parent
 TINY = "configs/tiny/open_clip.yaml"
 RECORDS = sorted(path.name for path in (ROOT / "configs" / "retrieval").glob("*.yaml"))
+SETS = ("MsrVtt", "Msvd", "Lsmdc", "ActivityNet", "Didemo", "Vatex")
 TRAIN, VAL, TEST = [f"t{i}" for i in range(12)], ["v0", "v1"], ["x", "y", "z"]
 
 
@@ -56,6 +57,10 @@ def write_set(kind, root):
         for split, names in splits.items():
             rows = [{"video": name, "description": c, "times": [[0, 0]]} for name in names for c in captions(name)]
             (root / f"{split}_data.json").write_text(json.dumps(rows))
+    elif kind == "CaptionedVideos":
+        for split, names in splits.items():
+            rows = [{"video": f"videos/{name}.mp4", "captions": captions(name)} for name in names]
+            (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "Vatex":
         write_lists(root, {"train": TRAIN, "test": TEST})
         (root / "ref_captions.json").write_text(json.dumps({name: captions(name) for name in every}))
@@ -90,6 +95,26 @@ def test_it_runs_a_step_under_its_tiny_overlay(record, command, videos, tmp_path
     assert all(0 <= metrics[f"{split}/text_to_video/R@10"] <= 100 for split in ("val", "test"))
     assert newest_checkpoint(run) is not None
     assert "Recall in %" in (run / "report.html").read_text()
+
+
+# The records above are of VideoTextRetrieval, and continual.yaml is of CaptionWorlds.
+PAIRS = [("VideoTextRetrieval", "CaptionedVideos")]
+PAIRS += [("ContinualRetrieval", kind) for kind in ("CaptionedVideos", *SETS)]
+
+
+@pytest.mark.parametrize(("module", "kind"), PAIRS)
+@pytest.mark.usefixtures("compared_in_process")
+def test_a_pair_of_module_and_datamodule_runs_a_step(module, kind, command, videos, tmp_path):
+    write_set(kind, tmp_path)
+    (tmp_path / "videos").symlink_to(videos)
+    chain = ["quickstart.yaml", *(["continual.yaml"] if module == "ContinualRetrieval" else [])]
+    argv = [part for each in chain for part in ("--config", ROOT / "configs" / "retrieval" / each)]
+    argv += ["--config", ROOT / TINY, "--model.head.max_frames=2", f"--data.class_path={kind}"]
+    argv += [f"--data.root={tmp_path}", "--trainer.max_epochs=1", "--run", tmp_path / "run"]
+    assert command("fit", *argv, "--test_after_fit=true") == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0 < metrics["train/loss"] < 20
+    assert 0 <= metrics["test/video_to_text/R@10"] <= 100
 
 
 @pytest.mark.usefixtures("compared_in_process")
