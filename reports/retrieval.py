@@ -125,7 +125,7 @@ def examples_html(answers: Sequence[Mapping[str, Any]], samples: Sequence[Sample
             f'<div class="where">its video</div><div class="frames">{frames_html(videos.get(own), 5)}</div>'
             f'<div class="where">the best videos</div><div class="frames">{found}</div></article>'
         )
-    return "".join(parts)
+    return f'<div class="examples">{"".join(parts)}</div>' if parts else ""
 
 
 def _figure(video: Video | None, place: int, score: float, right: bool) -> str:
