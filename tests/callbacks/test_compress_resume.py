@@ -140,6 +140,26 @@ def test_blocks_of_other_settings_or_damaged_ones_are_made_again(parts, tmp_path
     assert equal(first, load_tensors(out))
 
 
+def test_blocks_of_another_sparsity_or_of_other_answers_are_made_again(parts, tmp_path, monkeypatch):
+    made, plain = [], Wanda.compress
+    monkeypatch.setattr(Wanda, "compress", lambda self, name, *rest: (made.append(name), plain(self, name, *rest))[1])
+    monkeypatch.setattr(SavedBlocks, "remove", lambda self: None)
+    out = tmp_path / "out"
+
+    def layers_made(sparsity):
+        made.clear()
+        shutil.rmtree(out, ignore_errors=True)
+        step = PruneAtCheckpoint(Wanda(sparsity), calibration=CalibrationSamples(10), name="w")
+        step([parts[0]], context_of(parts, out))
+        return len(made)
+
+    assert [layers_made(sparsity) for sparsity in (0.5, 0.5, 0.25, 0.25)] == [12, 0, 12, 0]
+    kind = type(parts[1])
+    answers = kind.answer_targets
+    monkeypatch.setattr(kind, "answer_targets", lambda self, batch: answers(self, batch).flip(0))
+    assert layers_made(0.25) == 12
+
+
 def test_one_call_at_a_time_makes_an_artefact(parts, tmp_path, monkeypatch):
     out, plain = tmp_path / "out", SavedBlocks.save
     step = PruneAtCheckpoint(Magnitude(0.5))
