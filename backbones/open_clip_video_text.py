@@ -66,9 +66,8 @@ class TrunkEncoder(nn.Module):
 class OpenClipVideoText(VideoTextBackbone):
     """A dual encoder of open_clip.
 
-    Frozen, it runs in evaluation mode as ``train_dropout`` says. After `unfreeze`, training puts the towers that train
-    into training mode. Running statistics of batch norms never change: zero frames would spoil them, and a pair's score
-    would depend on its batch.
+    It runs in evaluation mode where ``train_dropout`` is off, also after `unfreeze`. Running statistics of batch norms
+    never change: zero frames would spoil them, and a pair's score would depend on its batch.
 
     Args:
         model: open_clip's name, e.g. ``ViT-B-32-quickgelu``; a folder with ``open_clip_config.json``, or a JSON file;
@@ -156,9 +155,9 @@ class OpenClipVideoText(VideoTextBackbone):
         self.shift.attach(norms[number] for number in numbers)
 
     def train(self, mode: bool = True) -> OpenClipVideoText:
-        """As in the base while frozen; towers that train are in training mode, but for their batch norms."""
+        """As in the base; towers that train are in training mode where dropout is on, but for their batch norms."""
         super().train(mode)
-        for tower in self._towers() if mode else ():
+        for tower in self._towers() if mode and self.train_dropout == "official" else ():
             if any(parameter.requires_grad for part in tower for parameter in part.parameters()):
                 for part in tower:
                     part.train()
@@ -177,6 +176,12 @@ class OpenClipVideoText(VideoTextBackbone):
         for name, parameter in self.model.named_parameters():
             if name in UNUSED:
                 parameter.requires_grad_(False)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """As in the base."""
+        frames = {"frames": self.sampling.count} if self.sampling.count else {}
+        return {**frames, "words": self.captions.max_words}
 
     def caption_batch(self, captions: Sequence[str]) -> Batch:
         """As in the base."""

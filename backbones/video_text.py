@@ -33,6 +33,11 @@ class VideoTextBackbone(FrozenBackbone):
 
     never_tuned: tuple[str, ...] = ()
 
+    @property
+    @abstractmethod
+    def lengths(self) -> dict[str, int]:
+        """The most ``frames`` and ``words`` that it gives; those without a limit are left out."""
+
     @abstractmethod
     def caption_batch(self, captions: Sequence[str]) -> Batch:
         """``text`` and ``text_mask`` of captions alone. Raises DataError for an empty or too long one."""

@@ -44,7 +44,7 @@ from fulgurite.methods.merging.files import prepare
 from fulgurite.methods.merging.opcm import Opcm, OpcmState
 from fulgurite.methods.merging.soup import greedy_soup
 from fulgurite.methods.merging.writing import carry_out
-from fulgurite.modules.adapted import BACKBONE_DIGEST, INITIAL, AdaptedModule
+from fulgurite.modules.adapted import INITIAL, AdaptedModule
 from fulgurite.samples import Stage
 
 SETS = "bank.sets."
@@ -359,7 +359,7 @@ def adapter_set(tensors: Mapping[str, Tensor], name: str, where: Path) -> State:
 
 def holds_sets(manifest: Manifest) -> bool:
     """Whether what has been trained are adapter sets, over a frozen backbone that the checkpoint may hold too."""
-    return manifest.kind == "delta" or BACKBONE_DIGEST in manifest.facts
+    return any(name.startswith(SETS) for records in manifest.tensors.values() for name in records)
 
 
 def changes(merged: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, float]:

@@ -44,6 +44,7 @@ SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+STAGE_OF_SPLIT = {"train": "fit", "val": "validate"}
 
 # Lightning cannot know that this sampler never drops a sample.
 warnings.filterwarnings("ignore", message=r"You are using a custom batch sampler `GlobalBatchSampler`")
@@ -273,20 +274,20 @@ class FulguriteDataModule(LightningDataModule, ABC):
         return ResumableLoader(**self._parts(split, samples), name=name or split)
 
     def within_fit(self, split: Literal["val", "test"]) -> ResumableLoader:
-        """A new loader over all samples of ``split``, with a generator of its own, whatever the fit has reached.
-
-        The first call for ``test`` reads and checks its samples as `setup` would. All ranks must call it.
-
-        Raises:
-            DataError: there are none, or they cannot be used.
-        """
-        if split == "test" and split not in self._collators:
-            collator = self._collators[split] = self.trainer.lightning_module.collator(split)
-            samples = self._splits[split] = self._usable(split, collator)
-            check_fields(samples, collator, type(self).__name__, type(self.trainer.lightning_module).__name__)
-        if not self.samples(split):
+        """A new loader over all `prepared` samples of ``split``, with a generator of its own, whatever the fit has
+        reached. Raises DataError where there are none."""
+        if not self.prepared(split):
             raise DataError(f"{self.place(split)}: no samples to evaluate on")
         return self.loader(split, self.samples(split), f"{split} within a fit")
+
+    def prepared(self, split: Split) -> list[Sample]:
+        """The samples of ``split`` as `setup` for its own stage leaves them, in any stage. All ranks must call it."""
+        stage, module = STAGE_OF_SPLIT.get(split, split), self.trainer.lightning_module
+        if stage not in self._collators:
+            self._collators[stage] = module.collator(stage)
+            self._splits[split] = self._usable(split, self._collators[stage])
+            check_fields(self._splits[split], self._collators[stage], type(self).__name__, type(module).__name__)
+        return self.samples(split)
 
     def _parts(self, split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
         rank, world = self._rank_and_world()
@@ -351,8 +352,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
             write_text(Path(trainer.default_root_dir) / "skipped.jsonl", "".join(lines))
 
     def _collator(self, split: Split) -> Collator:
-        stage = {"train": "fit", "val": "validate"}.get(split, split)
-        return self._collators[stage]
+        return self._collators[STAGE_OF_SPLIT.get(split, split)]
 
     def _num_batches(self, samples: Sequence[Sample]) -> int:
         return -(-len(samples) // self.batch_size)

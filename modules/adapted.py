@@ -39,7 +39,8 @@ from fulgurite.samples import Collator, DataInfo, Stage, stage_of
 
 INITIAL = "initial"
 BACKBONE = "backbone."
-BACKBONE_DIGEST = "backbone_digest"  # among a checkpoint's facts: it holds the backbone, with this digest
+# Among a checkpoint's facts: it holds the backbone, of this digest, or one that was trained from that of this digest.
+BACKBONE_DIGEST = "backbone_digest"
 
 
 class AdaptedModule(pl.LightningModule, ABC):
@@ -57,6 +58,7 @@ class AdaptedModule(pl.LightningModule, ABC):
 
     saved_parts: tuple[str, ...] = ("bank",)
     saved_buffers: tuple[str, ...] = ()
+    shape_option = "adapters"  # that the shapes of what a checkpoint holds depend on
 
     def __init__(
         self,
@@ -239,7 +241,7 @@ class AdaptedModule(pl.LightningModule, ABC):
             MismatchError: a tensor is missing, unknown, or of another shape.
         """
         if strict:
-            require_same_tensors(self.state_dict(), state_dict)
+            require_same_tensors(self.state_dict(), state_dict, option=self.shape_option)
         # Names and shapes were compared; what is missing is the frozen backbone under a delta. What is derived from the
         # backbone is no part of its own state.
         derived = {f"{BACKBONE}{name}": self.backbone.get_buffer(name) for name in self.backbone.derived}

@@ -19,6 +19,7 @@ from torch import Tensor
 from fulgurite.backbones.base import masked_mean
 from fulgurite.backbones.video_text import VideoTextBackbone
 from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.retrieval.features import TextFeatures, VideoFeatures
 from fulgurite.methods.retrieval.head import RetrievalHead
 from fulgurite.methods.retrieval.losses import PairLoss
 from fulgurite.methods.routing.base import Router
@@ -125,18 +126,50 @@ class ContinualRetrieval(StageSets, VideoTextRetrieval):
 
     def routing(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(T, D) and (V, D), of captions and videos, by the frozen towers with the adapters before any stage."""
+        return self.routing_of_captions(batch), self.routing_of_videos(batch)
+
+    def routing_of_captions(self, batch: Batch) -> Tensor:
+        """(T, D), see `routing`."""
         with self.bank.use(INITIAL):
-            texts, videos = self.backbone.text_tokens(batch), self.backbone.video_tokens(batch)
-        return texts.sentence, masked_mean(videos.tokens[:, :, 0], videos.mask)
+            return self.backbone.text_tokens(batch).sentence
+
+    def routing_of_videos(self, batch: Batch) -> Tensor:
+        """(V, D), see `routing`."""
+        with self.bank.use(INITIAL):
+            videos = self.backbone.video_tokens(batch)
+        return masked_mean(videos.tokens[:, :, 0], videos.mask)
+
+    def mixed_captions(self, batch: Batch, weights: Tensor) -> TextFeatures:
+        """What is compared of captions, by adapters mixed with weights (T, K + 1)."""
+        with self.bank.use(weights, self.columns()):
+            texts = self.backbone.text_tokens(batch)
+        return self.head.embed_text(texts)
+
+    def mixed_videos(self, batch: Batch, weights: Tensor) -> VideoFeatures:
+        """What is compared of videos, by adapters mixed with weights (V, K + 1)."""
+        frames = batch["frame_mask"].shape[1]
+        with self.bank.use(weights.repeat_interleave(frames, dim=0), self.columns()):
+            videos = self.backbone.video_tokens(batch)
+        return self.head.embed_video(videos)
 
     def embed_mixed(self, batch: Batch, of_texts: Tensor, of_videos: Tensor) -> Embedded:
-        """`embed` by mixed adapters, with weights (T, K + 1) of captions and (V, K + 1) of videos."""
-        columns, frames = self.columns(), batch["frame_mask"].shape[1]
-        with self.bank.use(of_texts, columns):
-            texts = self.backbone.text_tokens(batch)
-        with self.bank.use(of_videos.repeat_interleave(frames, dim=0), columns):
-            videos = self.backbone.video_tokens(batch)
-        return self.head.embed_text(texts), self.head.embed_video(videos)
+        """`embed` by mixed adapters, with weights of captions and of videos."""
+        return self.mixed_captions(batch, of_texts), self.mixed_videos(batch, of_videos)
+
+    def embed_captions(self, batch: Batch) -> TextFeatures:
+        """By the configured mode; their domains are not known, so the oracle has no stage for them."""
+        features = self.routing_of_captions(batch)
+        return self.mixed_captions(batch, self.weights_of(self.router, features))
+
+    def embed_videos(self, batch: Batch) -> VideoFeatures:
+        """By the configured mode; see `embed_captions`."""
+        features = self.routing_of_videos(batch)
+        return self.mixed_videos(batch, self.weights_of(self.video_router, features))
+
+    def weights_of(self, router: Router, features: Tensor) -> Tensor:
+        """(B, K + 1) of samples of unknown domains, by the configured mode after the stages trained so far."""
+        nowhere = torch.zeros(len(features), dtype=torch.long, device=features.device)
+        return mode_weights(self.mode, self.stage + 1, len(self.stages), [router], features, nowhere)
 
     def embed_in(self, modes: Sequence[Mode], batch: Batch) -> dict[Mode, Embedded]:
         """What is compared, by each mode, after the stages trained so far."""

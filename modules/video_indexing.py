@@ -189,7 +189,7 @@ def _embed(module: VideoTextRetrieval, batches: Sequence[Batch]) -> VideoFeature
             "train with backbone.init_args.num_frames above 0"
         )
     batch = {name: torch.cat([each[name] for each in batches]).to(module.device) for name in batches[0]}
-    return module.head.embed_video(module.backbone.video_tokens(batch)).map(lambda each: each.cpu())
+    return module.embed_videos(batch).map(lambda each: each.cpu())
 
 
 class _Writer:

@@ -68,7 +68,7 @@ def search_videos(
         )
     batch = module.backbone.caption_batch(queries)
     batch = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    texts = module.head.embed_text(module.backbone.text_tokens(batch))
+    texts = module.embed_captions(batch)
     seen: list[dict[int, list[float]]] = [{} for _ in queries]
 
     def all_levels(query: int, columns: Tensor) -> Tensor:

@@ -19,16 +19,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from fulgurite.backbones.video_text import VideoTextBackbone
+from fulgurite.backbones.video_text_collator import video_id
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.random import digest_of
 from fulgurite.methods.ranks import Ranks
 from fulgurite.methods.retrieval.features import TextFeatures, VideoFeatures
 from fulgurite.methods.retrieval.head import RetrievalHead
 from fulgurite.methods.retrieval.losses import PairLoss, SymmetricCrossEntropy
-from fulgurite.methods.retrieval.normalizers import ScoreNormalizer
+from fulgurite.methods.retrieval.normalizers import NoNormalizer, ScoreNormalizer
 from fulgurite.methods.schedules import Schedule
 from fulgurite.metrics.retrieval_recall import RetrievalRecall
 from fulgurite.modules.adapted import AdaptedModule
+from fulgurite.modules.evaluation import moved
 from fulgurite.modules.optimization import ParamGroup
 from fulgurite.modules.retrieval_evaluation import Direction, Evaluation, Normalizing, Ranking, Shelf
 from fulgurite.reports.page import Section
@@ -64,7 +66,8 @@ class VideoTextRetrieval(AdaptedModule):
     """
 
     saved_parts = ("bank", "head")
-    forward_methods: tuple[str, ...] = ("embed", "embed_captions", "levels_of")
+    shape_option = "head"
+    forward_methods: tuple[str, ...] = ("embed", "embed_captions", "embed_videos", "levels_of")
 
     def __init__(
         self,
@@ -89,6 +92,23 @@ class VideoTextRetrieval(AdaptedModule):
             raise ValueError("model.init_args.adapters is empty: name placements, or null to train the backbone itself")
         if adapters is not None and frozen is not None:
             raise ValueError("model.init_args.frozen is for training the backbone itself: leave it or adapters out")
+        normalize = normalize or ["text_to_video", "video_to_text"]
+        if min(bank_texts, bank_videos) < 1:
+            raise ValueError(
+                f"model.init_args: bank_texts={bank_texts} and bank_videos={bank_videos} must be at least 1"
+            )
+        if normalizer is not None and normalizer.needs_whole_rows and "video_to_text" in normalize:
+            raise ValueError(
+                f"{type(normalizer).__name__} needs all candidates of a query at once, and captions come in blocks: "
+                "set its dynamic to false, or model.init_args.normalize to [text_to_video]"
+            )
+        for name, given in backbone.lengths.items():
+            most = head.limits.get(name)
+            if most is not None and given > most:
+                raise ValueError(
+                    f"the backbone gives {given} {name}, and the head is made for at most {most}: raise "
+                    f"model.init_args.head.init_args.max_{name}, or lower that of the backbone"
+                )
         super().__init__(backbone, adapters or [], optimizer, schedule, param_groups)
         self.head = head
         self.head.build(backbone.tower_facts())
@@ -102,7 +122,8 @@ class VideoTextRetrieval(AdaptedModule):
             backbone.unfreeze(frozen)
         self.loss = loss or SymmetricCrossEntropy()
         self.selection_seed = selection_seed
-        self.normalizer, self.normalize = normalizer, tuple(normalize or ("text_to_video", "video_to_text"))
+        self.normalizer = None if isinstance(normalizer, NoNormalizer) else normalizer
+        self.normalize = tuple(normalize)
         self.bank_sizes: dict[str, int] = {"texts": bank_texts, "videos": bank_videos}
         self.bank_seed = bank_seed
 
@@ -155,6 +176,10 @@ class VideoTextRetrieval(AdaptedModule):
         """What is compared of captions alone, see `VideoTextBackbone.caption_batch`."""
         return self.head.embed_text(self.backbone.text_tokens(batch))
 
+    def embed_videos(self, batch: Batch) -> VideoFeatures:
+        """What is compared of videos alone."""
+        return self.head.embed_video(self.backbone.video_tokens(batch))
+
     def levels_of(self, texts: TextFeatures, videos: VideoFeatures) -> Tensor:
         """(L, T, V) scores at the levels of the head."""
         return self.head.similarity(texts, videos)
@@ -162,10 +187,16 @@ class VideoTextRetrieval(AdaptedModule):
     def forward(self, batch: Batch) -> Tensor:
         """(B, B) scores of this step's pairs, those of all processes, the same on each; rows are texts."""
         texts, videos = self.embed(batch, self.seeds(batch))
-        everywhere = VideoFeatures.from_tensors(
-            {name: self.gathered(tensor) for name, tensor in videos.tensors().items()}
-        )
+        everywhere = self.of_one_length(videos).map(self.gathered)
         return self.gathered(self.levels_of(texts, everywhere).mean(0))
+
+    def of_one_length(self, videos: VideoFeatures) -> VideoFeatures:
+        """Padded to the longest of all processes."""
+        if self.trainer.world_size == 1:
+            return videos
+        ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        found = ranks.gather(videos.lengths())
+        return videos.padded({name: max(each[name] for each in found) for name in found[0]})
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """The rows of all processes, in order of rank, with gradients that sum over them."""
@@ -185,6 +216,9 @@ class VideoTextRetrieval(AdaptedModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the global batch, on every process; repeats that keep processes in step count nowhere."""
+        if len(batch["owner"]) != len(batch["counted"]):
+            raise DataError("a training sample has several captions: give each caption a sample of its own")
+        self.count_cut("train", batch)
         scores = self(batch)
         videos, counted = self.gathered(batch["video_id"]), self.gathered(batch["counted"])
         loss = self.loss(scores, videos[:, None] == videos, counted)
@@ -201,8 +235,15 @@ class VideoTextRetrieval(AdaptedModule):
         """Each validation begins with nothing."""
         self.shelf = Shelf()
 
+    def count_cut(self, stage: str, batch: Batch) -> None:
+        """Log how many captions of an epoch were cut, where the backbone cuts them."""
+        if "cut" in batch:
+            cut = (batch["cut"] & batch["counted"][batch["owner"]]).sum().float()
+            self.log(f"{stage}/cut_captions", cut, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep the features of a batch."""
+        self.count_cut("val", batch)
         self.shelf.add(*self.embed(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -214,18 +255,24 @@ class VideoTextRetrieval(AdaptedModule):
     def on_test_start(self) -> None:
         """Each test begins with nothing, and with the bank where scores are normalised by one."""
         self.shelf = Shelf()
-        self.normalizing = None if self.normalizer is None else self.with_bank(self.normalizer)
+        with self.trainer.precision_plugin.forward_context():  # as a step has it
+            self.normalizing = None if self.normalizer is None else self.with_bank(self.normalizer)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep the features of a batch."""
+        self.count_cut("test", batch)
         self.shelf.add(*self.embed(batch), batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log recalls at all levels, of the normalised scores where there are such, and keep those of all variants."""
+        """Log recalls of the raw scores at all levels, ``test/text_to_video/R@1`` and so on, and of the normalised
+        ones, ``test/Sinkhorn/text_to_video/R@1``; keep those of all variants."""
         ranking = self.ranking(self.shelf, self.normalizing)
         variants = {name: self.figures(ranking, name) for name in ranking.counts}
         self.test_results = self.results_of(variants, ranking)
-        self.log_figures("test", list(variants.values())[-1])
+        whole = "+".join(self.head.levels)
+        self.log_figures("test", variants[whole])
+        if self.normalizer is not None:
+            self.log_figures(f"test/{type(self.normalizer).__name__}", variants[f"{whole}+normalized"])
         self.test_answers = ranking.answers()
         del self.shelf, self.normalizing
 
@@ -308,7 +355,7 @@ class VideoTextRetrieval(AdaptedModule):
         if normalizer.mode == "transductive":
             return Normalizing(normalizer, directions=self.normalize)
         data = self.trainer.datamodule
-        samples = data.samples("train")
+        samples = data.prepared("train")
         if not samples:
             raise DataError(
                 f"{type(normalizer).__name__} needs a bank of training captions, and {data.place('train')} has none: "
@@ -320,7 +367,7 @@ class VideoTextRetrieval(AdaptedModule):
         if "text_to_video" in self.normalize:
             texts = self.bank_of_texts([caption for sample in drawn for caption in sample.captions])
         if "video_to_text" in self.normalize:
-            unique = {sample.video: sample for sample in drawn}
+            unique = {video_id(sample): sample for sample in drawn}
             videos = self.bank_of_videos(list(unique.values())[: self.bank_sizes["videos"]])
         return Normalizing(normalizer, texts, videos, self.normalize)
 
@@ -341,7 +388,6 @@ class VideoTextRetrieval(AdaptedModule):
     def bank_of_videos(self, samples: Sequence[Sample]) -> VideoFeatures:
         """This process's share of the videos of ``samples``."""
         shelf = Shelf()
-        for batch in self.trainer.datamodule.loader("test", samples):
-            batch = self.transfer_batch_to_device(batch, self.device, 0)
+        for batch in moved(self.trainer, self, self.trainer.datamodule.loader("test", samples)):
             shelf.add(*self.embed(batch), batch)
         return shelf.videos

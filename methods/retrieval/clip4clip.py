@@ -40,6 +40,11 @@ class Clip4Clip(RetrievalHead):
         self.max_frames, self.temporal = max_frames, temporal
         self.temporal_layers, self.init_seed = temporal_layers, init_seed
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """As in the base."""
+        return {"frames": self.max_frames}
+
     def build(self, towers: TowerFacts) -> None:
         """As in the base; a temporal encoder starts from the tower for text."""
         self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))

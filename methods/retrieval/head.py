@@ -52,6 +52,11 @@ class RetrievalHead(nn.Module, ABC):
     levels: tuple[str, ...] = ()
     logit_scale: nn.Parameter
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """The most ``frames`` and ``words`` that it is made for; those without a limit are left out."""
+        return {}
+
     @abstractmethod
     def build(self, towers: TowerFacts) -> None:
         """Make all parameters; called once, before anything else.

@@ -27,11 +27,13 @@ PIECE = 1 << 19  # scores that are compared at once, so that what is compared st
 _BELOW = {"optimistic": (torch.le,), "mean": (torch.le, torch.lt), "pessimistic": (torch.lt,)}
 
 
-def _halves(scores: Tensor, right: Tensor, dim: int, ties: Ties, room: Tensor) -> Tensor:
+def _halves(scores: Tensor, right: Tensor, dim: int, ties: Ties, room: Tensor, tolerance: float) -> Tensor:
     """How many ``scores`` along ``dim`` are above the ``right`` one, in halves; int64. ``room`` has their shape."""
     below = _BELOW[ties]
+    margin = tolerance * right.abs().clamp(min=1)
+    limits = {torch.le: right + margin, torch.lt: right - margin} if tolerance else {torch.le: right, torch.lt: right}
     # Into float32, whose comparisons and sums are several times as fast as those of bool, and exact up to 2^24.
-    count = sum(compare(scores, right, out=room).sum(dim) for compare in below)
+    count = sum(compare(scores, limits[compare], out=room).sum(dim) for compare in below)
     return ((2 // len(below)) * (len(below) * scores.shape[dim] - count)).long()
 
 
@@ -50,6 +52,8 @@ class RankCounts:
         owner: (T,) the video of each text; texts of a video follow one another, and every video has one.
         own: (T,) the score of each text with its video, as the video's rank is to be counted with.
         ties: see above.
+        tolerance: scores count as equal that differ by no more than this share of the right one, or this much where
+            that is below 1: equal pairs get scores of other last digits in blocks of other shapes.
 
     Attributes:
         texts: (2, T) int64: candidates above the right one, in halves, and how often a text was counted.
@@ -60,7 +64,7 @@ class RankCounts:
         ValueError: ``owner`` is not as said, the shapes differ, or a score in ``own`` is not a number.
     """
 
-    def __init__(self, owner: Tensor, own: Tensor, ties: Ties = "mean") -> None:
+    def __init__(self, owner: Tensor, own: Tensor, ties: Ties = "mean", tolerance: float = 0.0) -> None:
         if ties not in _BELOW:
             raise ValueError(f"ties={ties!r}: choose one of {', '.join(_BELOW)}")
         if owner.dim() != 1 or owner.shape != own.shape or not len(owner):
@@ -72,7 +76,7 @@ class RankCounts:
             )
         if own.isnan().any():
             raise ValueError(f"text {int(own.isnan().nonzero()[0])} scores NaN with its own video: the model diverged")
-        self.ties = ties
+        self.ties, self.tolerance = ties, tolerance
         self.owner = owner.to(own.device)
         self.own = own.new_full((int(owner[-1]) + 1,), -torch.inf).scatter_reduce_(0, self.owner, own, "amax")
         ends = 1 + torch.cat([steps, steps.new_ones(1)]).nonzero()[:, 0]
@@ -122,8 +126,8 @@ class RankCounts:
         """For the ranks of all texts of the videos from ``begin`` to ``end``."""
         rows = slice(self._starts[begin], self._starts[end])
         right = scores.gather(1, self.owner[rows, None])
-        above = _halves(scores, right, 1, self.ties, self._room(scores))
-        self.texts[0, rows] += above - _halves(right, right, 1, self.ties, self._room(right))
+        above = _halves(scores, right, 1, self.ties, self._room(scores), self.tolerance)
+        self.texts[0, rows] += above - _halves(right, right, 1, self.ties, self._room(right), self.tolerance)
         self.texts[1, rows] += 1
 
     def _count_videos(self, begin: int, end: int, scores: Tensor) -> None:
@@ -132,9 +136,10 @@ class RankCounts:
             owner = self.owner[self._starts[begin] : self._starts[end], None] - begin
             best = scores.new_full((end - begin, scores.shape[1]), -torch.inf)
             scores = best.scatter_reduce_(0, owner.expand_as(scores), scores, "amax")
-        self.videos[0] += _halves(scores, self.own, 0, self.ties, self._room(scores))
+        self.videos[0] += _halves(scores, self.own, 0, self.ties, self._room(scores), self.tolerance)
         own = scores.diagonal(begin)
-        self.videos[0, begin:end] -= _halves(own[None], self.own[begin:end], 0, self.ties, self._room(own[None]))
+        room = self._room(own[None])
+        self.videos[0, begin:end] -= _halves(own[None], self.own[begin:end], 0, self.ties, room, self.tolerance)
         self.videos[1, begin:end] += 1
 
     def _room(self, like: Tensor) -> Tensor:

@@ -88,6 +88,11 @@ class Ucofia(RetrievalHead):
         self.isa, self.temperature = isa, temperature
         self.mask_padding, self.init_seed = mask_padding, init_seed
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """As in the base."""
+        return {"frames": self.max_frames, "words": self.max_words} if self.isa == "full" else {}
+
     def build(self, towers: TowerFacts) -> None:
         """As in the base; identity matrices, the selector at random, the temporal encoder from the tower for text."""
         width = towers.width

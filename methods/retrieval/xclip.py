@@ -77,6 +77,11 @@ class XClip(RetrievalHead):
         self.temporal, self.temporal_layers = temporal, temporal_layers
         self.temperature, self.mask_padding, self.init_seed = temperature, mask_padding, init_seed
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """As in the base."""
+        return {"frames": self.max_frames, "words": self.max_words}
+
     def build(self, towers: TowerFacts) -> None:
         """As in the base; identity matrices, the temporal encoder from the tower for text."""
         self.logit_scale = nn.Parameter(torch.tensor([towers.logit_scale]))

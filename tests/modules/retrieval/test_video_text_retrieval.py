@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from fulgurite.methods.retrieval.clip4clip import Clip4Clip
 from fulgurite.methods.retrieval.dual_softmax import DualSoftmax
 from fulgurite.methods.retrieval.query_bank import QueryBank
 from fulgurite.methods.retrieval.sinkhorn import Sinkhorn
+from fulgurite.methods.retrieval.ucofia import Ucofia
 from fulgurite.modules.optimization import ParamGroup
 from fulgurite.samples import DataError
 
@@ -197,6 +199,13 @@ def test_other_heads_take_the_place_by_one_line(module, data, trainer):
         ({"adapters": []}, ValueError, "adapters is empty"),
         ({"adapters": ADAPTERS, "frozen": ["x"]}, ValueError, "frozen is for training the backbone"),
         ({"frozen": ["nowhere"]}, LookupError, "nowhere"),
+        ({"head": Clip4Clip(max_frames=2, temporal="mean")}, ValueError, "gives 3 frames, and the head is made for at"),
+        (
+            {"head": Ucofia(max_frames=3, max_words=9)},
+            ValueError,
+            "gives 12 words, .* raise .*head.init_args.max_words",
+        ),
+        ({"bank_videos": 0}, ValueError, "bank_videos=0 must be at least 1"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, error, match, module):
@@ -205,11 +214,68 @@ def test_options_that_contradict_each_other_are_refused(options, error, match, m
 
 
 def test_a_dynamic_query_bank_cannot_normalise_captions(module, data, trainer):
-    net = module(normalizer=QueryBank(), bank_texts=4, bank_videos=2)
     with pytest.raises(ValueError, match="dynamic"):
-        trainer().test(net, datamodule=data(), verbose=False)
+        module(normalizer=QueryBank(), bank_texts=4, bank_videos=2)
     net = module(normalizer=QueryBank(), bank_texts=4, normalize=["text_to_video"])
     trainer().test(net, datamodule=data(), verbose=False)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_bank_is_embedded_in_the_precision_of_the_test(precision, module, data, trainer):
+    net, seen = module(normalizer=Sinkhorn(), bank_texts=4, bank_videos=2), []
+    inner = net.backbone.video_tokens
+
+    def noted(batch):
+        seen.append((torch.is_autocast_enabled("cpu"), batch["pixels"].dtype))
+        return inner(batch)
+
+    net.backbone.video_tokens = noted
+    trainer(precision=precision).test(net, datamodule=data(), verbose=False)
+    assert len(seen) == 3  # of the bank, and of the two batches of the test
+    assert len(set(seen)) == 1
+
+
+def test_a_test_after_a_fit_and_one_by_itself_have_one_bank(module, data, trainer, tmp_path):
+    """Also where the fit left videos out that cannot be read."""
+    videos = data()
+    net = module(normalizer=Sinkhorn(), bank_texts=9, bank_videos=5)
+    run = fitted(net, videos, trainer)
+    run.test(net, datamodule=videos, verbose=False)
+    after = net.test_results["variants"]
+    trainer().test(net, datamodule=data(), verbose=False)
+    assert net.test_results["variants"] == after
+
+
+def test_captions_of_equal_scores_share_their_ranks(module, data, trainer, monkeypatch):
+    """Two videos that are the same file, with the same caption: each ranks 1.5, whatever the blocks."""
+    import fulgurite.modules.retrieval_evaluation as evaluation
+
+    net, videos = module(), data()
+    doubled = [replace(sample, id=f"{sample.id} {i}") for sample in videos.samples("test") for i in range(2)]
+    videos.read = lambda split: doubled
+    videos._splits.clear()
+    for own, texts in ((8, 256), (1, 3)):
+        monkeypatch.setattr(evaluation, "OWN", own)
+        monkeypatch.setattr(evaluation, "TEXTS", texts)
+        trainer().test(net, datamodule=videos, verbose=False)
+        assert all(row["rank"] % 1 == 0.5 for row in net.test_answers)
+        for way in ("text_to_video", "video_to_text"):
+            figures = net.test_results["variants"]["video_sentence+frame_sentence+patch_word"]
+            assert figures[f"{way}/R@1"] == 0
+            assert (2 * figures[f"{way}/MdR"]) % 2 == 1
+
+
+def test_batches_of_other_lengths_are_padded_where_masks_tell(module, data, trainer, backbone):
+    options = {"max_frames": 3, "max_words": 12, "temporal_layers": 1}
+    tower = backbone(pad_to="longest")
+    net, videos = module(head=Ucofia(**options, mask_padding=True), backbone=tower), data()
+    videos.eval_batch_size = 1
+    trainer().test(net, datamodule=videos, verbose=False)
+    scores, owner = whole_scores(net.eval(), videos.samples("test"))
+    close(list(net.test_results["variants"].values())[-1], plain_recalls(scores.mean(0).numpy(), owner))
+    net = module(head=Ucofia(**options), backbone=backbone(pad_to="longest"))
+    with pytest.raises(ValueError, match=r"mask_padding to true, or one length for all"):
+        trainer().test(net, datamodule=videos, verbose=False)
 
 
 def test_a_bank_needs_training_captions(module, data, trainer):
