@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import fulgurite
-from fulgurite.checkpoints import newest_checkpoint
+from fulgurite.checkpoints import load_tensors, newest_checkpoint
 from fulgurite.commands.yaml_loader import load_file
 
 ROOT = Path(fulgurite.__file__).parent
@@ -126,3 +127,25 @@ def test_an_optimizer_of_another_class_has_its_own_defaults(command, videos, tmp
     assert command("fit", *argv, "--model.head.max_frames=2", "--run", tmp_path / "run", "--test_after_fit=false") == 0
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["init_args"]["optimizer"]
     assert (written["init_args"]["betas"], written["init_args"]["eps"]) == ([0.9, 0.98], 1e-6)
+
+
+@pytest.mark.parametrize("record", ["ucofia_msr_vtt.yaml", "quickstart.yaml", "continual.yaml"])
+@pytest.mark.usefixtures("compared_in_process")
+def test_a_resumed_run_ends_with_the_same_bits(record, command, videos, tmp_path):
+    """All weights, adapters with a head, and a stream; the selection of patches is random while training."""
+    kind = "MsrVtt" if record.startswith("ucofia") else "CaptionedVideos"
+    write_set(kind, tmp_path)
+    (tmp_path / "videos").symlink_to(videos)
+    chain = ["quickstart.yaml", record] if record == "continual.yaml" else [record]
+    argv = [part for each in chain for part in ("--config", ROOT / "configs" / "retrieval" / each)]
+    argv += ["--config", ROOT / TINY, "--model.head.max_frames=2", f"--data.class_path={kind}"]
+    argv += [f"--data.root={tmp_path}", "--trainer.max_epochs=2", "--trainer.precision=32-true"]
+    argv += ["--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1", "--test_after_fit=false"]
+    assert command("fit", *argv, "--run", tmp_path / "whole") == 0
+    for step in (1, 2):
+        (at,) = (tmp_path / "whole" / "checkpoints").glob(f"*-step={step}")
+        run = tmp_path / f"from {step}"
+        assert command("fit", *argv, "--ckpt_path", at, "--run", run) == 0
+        ours, theirs = (load_tensors(each / "checkpoints" / "last") for each in (run, tmp_path / "whole"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
