@@ -10,6 +10,7 @@ from fulgurite.reports.tables import best_cells, html_table, percent, plain_tabl
 
 Scores = Mapping[str, float]
 TESTED = re.compile(r"test/(?:(?P<mode>\w+)/)?accuracy/(?P<domain>.+)")
+RECALL = "/R@1"
 TOLD = ("oracle",)  # is told the domain, and is out of competition
 
 
@@ -32,14 +33,17 @@ def scores_by_mode(metrics: Mapping[str, float], names: Mapping[str, str]) -> di
 def artefacts_section(
     title: str, modes: Mapping[str, Scores], artefacts: Mapping[str, Scores], names: Mapping[str, str]
 ) -> Section:
-    """One table of accuracies in percent.
+    """One table of accuracies in percent; of recalls, where artefacts of retrieval have those.
 
     Args:
         title: heading.
         modes: see `scores_by_mode`.
-        artefacts: by what it is called, ``<split>/accuracy`` and ``<split>/accuracy/<domain>``.
+        artefacts: by what it is called, ``<split>/accuracy`` and ``<split>/accuracy/<domain>``, or
+            ``<split>/<direction>/R@1`` and so on.
         names: how modes are called.
     """
+    if any(key.endswith(RECALL) for row in artefacts.values() for key in row):
+        return _recalls(title, artefacts)
     rows = {**modes, **artefacts}
     splits = [s for s in ("val", "test") if any(f"{s}/accuracy" in row for row in rows.values())]
     shown = splits[-1] if splits else "test"  # none where nothing was counted
@@ -58,3 +62,15 @@ def artefacts_section(
         f"{html_table(header, cells, best, dict.fromkeys(skip, 'quiet'))}"
     )
     return Section(title, html, printed=plain_table(f"{title}, accuracy in %", header, cells))
+
+
+def _recalls(title: str, artefacts: Mapping[str, Scores]) -> Section:
+    """R@1 of each split and direction, with its R@5."""
+    found = dict.fromkeys(key for row in artefacts.values() for key in row if key.endswith(RECALL))
+    keys = [key.removesuffix("1") + k for key in found for k in ("1", "5")]
+    rows = [[name, *(f"{row[key]:.1f}" if key in row else "–" for key in keys)] for name, row in artefacts.items()]
+    header = ["model", *(key.replace("/", " ").replace("_", " ") for key in keys)]
+    html = (
+        f"<p>Recall in percent; those of the trained weights have a table of their own.</p>{html_table(header, rows)}"
+    )
+    return Section(title, html, printed=plain_table(f"{title}, recall in %", header, rows))

@@ -47,3 +47,11 @@ def test_scores_of_validation_alone_give_its_domains():
 
 def test_an_artefact_on_which_nothing_was_counted_is_named():
     assert "<td>ties</td>" in artefacts_section("Artefacts", {}, {"ties": {}}, NAMES).html
+
+
+def test_artefacts_of_retrieval_have_recalls():
+    scores = {"test/text_to_video/R@1": 12.5, "test/text_to_video/R@5": 50.0, "test/text_to_video/MdR": 3.0}
+    section = artefacts_section("Artefacts", {}, {"soup": scores, "none": {}}, NAMES)
+    assert "<tr><td>soup</td><td>12.5</td><td>50.0</td></tr>" in section.html
+    assert "<tr><td>none</td><td>–</td><td>–</td></tr>" in section.html
+    assert "<th>test text to video R@5</th>" in section.html
