@@ -29,7 +29,7 @@ from fulgurite.checkpoints.digest import digest_of_json, digest_of_state
 from fulgurite.methods.retrieval.features import TextTokens, VideoTokens
 from fulgurite.methods.retrieval.head import TowerFacts
 from fulgurite.methods.retrieval.patch_shift import PatchShift
-from fulgurite.samples import Batch
+from fulgurite.samples import Batch, Sample
 from fulgurite.samples.features import FeatureExtractor
 from fulgurite.samples.sampling import FrameSampling
 
@@ -183,9 +183,15 @@ class OpenClipVideoText(VideoTextBackbone):
         frames = {"frames": self.sampling.count} if self.sampling.count else {}
         return {**frames, "words": self.captions.max_words}
 
-    def caption_batch(self, captions: Sequence[str]) -> Batch:
+    def caption_batch(self, captions: Sequence[str], names: Sequence[str] | None = None) -> Batch:
         """As in the base."""
-        return self.captions(captions, captions)
+        return self.captions(captions, captions if names is None else names)
+
+    def check_captions(self, samples: Sequence[Sample]) -> None:
+        """As in the base; those that are cut are counted where they are read."""
+        if self.captions.long_captions == "error":
+            names = [sample.id for sample in samples for _ in sample.captions]
+            self.captions([caption for sample in samples for caption in sample.captions], names)
 
     def text_tokens(self, batch: Batch) -> TextTokens:
         """As in the base, of ``text`` (T, W)."""

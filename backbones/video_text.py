@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from fulgurite.backbones.base import FrozenBackbone
 from fulgurite.methods.retrieval.features import TextTokens, VideoTokens
 from fulgurite.methods.retrieval.head import TowerFacts
-from fulgurite.samples import Batch
+from fulgurite.samples import Batch, Sample
 
 
 class VideoTextBackbone(FrozenBackbone):
@@ -39,8 +39,20 @@ class VideoTextBackbone(FrozenBackbone):
         """The most ``frames`` and ``words`` that it gives; those without a limit are left out."""
 
     @abstractmethod
-    def caption_batch(self, captions: Sequence[str]) -> Batch:
-        """``text`` and ``text_mask`` of captions alone. Raises DataError for an empty or too long one."""
+    def caption_batch(self, captions: Sequence[str], names: Sequence[str] | None = None) -> Batch:
+        """``text`` and ``text_mask`` of captions alone.
+
+        Args:
+            captions: themselves.
+            names: how errors call them; None takes themselves.
+
+        Raises:
+            DataError: one is empty, or too long.
+        """
+
+    def check_captions(self, samples: Sequence[Sample]) -> None:
+        """Raise DataError for a caption that no batch could take; nothing unless a subclass has a limit."""
+        return
 
     @abstractmethod
     def text_tokens(self, batch: Batch) -> TextTokens:

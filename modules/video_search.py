@@ -66,7 +66,7 @@ def search_videos(
         raise ValueError(
             f"top {top} of {candidates} candidates: set --top from 1 to what --candidates says, or raise it"
         )
-    batch = module.backbone.caption_batch(queries)
+    batch = module.backbone.caption_batch(queries, [f"query {number}" for number in range(1, len(queries) + 1)])
     batch = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     texts = module.embed_captions(batch)
     seen: list[dict[int, list[float]]] = [{} for _ in queries]

@@ -131,9 +131,11 @@ class VideoTextRetrieval(AdaptedModule):
         """Nothing here has a shape that depends on the data."""
 
     def setup(self, stage: str) -> None:
-        """As in the base, on any data."""
+        """As in the base, on any data. Raises DataError for a caption that no batch could take."""
         datamodule = self.trainer.datamodule
         self.data_info = datamodule.info()
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,)):
+            self.backbone.check_captions(datamodule.samples(split))
         if stage == "fit" or self.info is None:
             self.prepare(self.data_info, datamodule.stages())
 

@@ -40,7 +40,7 @@ def sections_of_retrieval(
     rows.append(["chance", *_chance(results["videos"]) * len(DIRECTIONS)])
     title = f"Recall in % and ranks of {results['captions']} captions and {results['videos']} videos"
     note = f"<p>{escape(_note(results))}</p>"
-    table = Section(title, note + html_table(header, rows), printed=plain_table(title, header, rows))
+    table = Section(title, note + html_table(header, rows), printed=plain_table(title, header, rows, _legend(results)))
     return [table, *_of_domains(results), Section("Examples", examples_html(answers, samples))]
 
 
@@ -77,11 +77,18 @@ def _chance(candidates: int) -> list[str]:
     return [f"{value:.1f}" for value in (*recalls, (candidates + 1) / 2, (candidates + 1) / 2)]
 
 
+def _legend(results: Mapping[str, Any]) -> str:
+    """What the rows are called by."""
+    if any(name.endswith("*") for name in results["variants"]):
+        return "* is the configured mode."
+    levels = ", ".join(f"{number} {level}" for number, level in enumerate(results["levels"], start=1))
+    return f"Levels: {levels}."
+
+
 def _note(results: Mapping[str, Any]) -> str:
     error = 50 / math.sqrt(results["captions"])
-    levels = ", ".join(f"{number} {level}" for number, level in enumerate(results["levels"], start=1))
     text = (
-        f"Levels: {levels}. t2v: the video of a text, v2t: a text of a video. A row scores by the mean of its levels; "
+        f"{_legend(results)} t2v: the video of a text, v2t: a text of a video. A row scores by the mean of its levels; "
         "all rows are of one model. Ranks count from 1, equal scores half. "
         f"A recall of 50 % has a standard error of {error:.1f} points here."
     )

@@ -242,8 +242,9 @@ def test_of_equal_scores_what_was_stored_first_comes_first(out):
     texts, one = (torch.randint(-3, 4, (n, 16), generator=generator).float() for n in (len(QUERIES), 1))
     exact = SimpleNamespace(
         device=torch.device("cpu"),
-        backbone=SimpleNamespace(caption_batch=lambda _: {}, text_tokens=lambda _: None),
-        head=SimpleNamespace(levels=("video_sentence", "other"), embed_text=lambda _: TextFeatures(texts)),
+        backbone=SimpleNamespace(caption_batch=lambda *_: {}),
+        head=SimpleNamespace(levels=("video_sentence", "other")),
+        embed_captions=lambda _: TextFeatures(texts),
         levels_of=lambda texts, videos: (texts.sentence @ videos.video.T).expand(2, -1, -1),
     )
     shards, origin = Shards(out), Origin("xxh3_128:0", "m", "float32")

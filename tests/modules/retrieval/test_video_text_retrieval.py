@@ -278,6 +278,12 @@ def test_batches_of_other_lengths_are_padded_where_masks_tell(module, data, trai
         trainer().test(net, datamodule=videos, verbose=False)
 
 
+def test_a_caption_that_is_too_long_is_found_before_anything_else(module, data, trainer, backbone):
+    head = Ucofia(max_frames=3, max_words=12, temporal_layers=1)
+    with pytest.raises(DataError, match=r"sample 'videos/train0\.mp4/0' has \d+ tokens.*long_captions to cut"):
+        trainer().fit(module(head=head, backbone=backbone(max_words=5)), datamodule=data())
+
+
 def test_a_bank_needs_training_captions(module, data, trainer):
     with pytest.raises(DataError, match="training split"):
         trainer().test(module(normalizer=Sinkhorn()), datamodule=data(train=None), verbose=False)
