@@ -47,6 +47,10 @@ class FrameTransform:
 
     def __call__(self, frames: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 to (N, 3, S, S) float32."""
+        return self.normalised(self.resized(frames))
+
+    def resized(self, frames: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 to (N, 3, S, S) float32 in 0 to 255."""
         x = frames.float()
         height, width = x.shape[-2:]
         if self.fit == "stretch":
@@ -57,9 +61,12 @@ class FrameTransform:
         if target != (height, width):
             x = F.interpolate(x, target, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
         top, left = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-        x = x[..., top : top + self.size, left : left + self.size]
+        return x[..., top : top + self.size, left : left + self.size]
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """(N, 3, S, S) in 0 to 255 as the encoder takes them, float32."""
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
-        return (x / 255 - mean) / std
+        return (pixels.float() / 255 - mean) / std
 
 
 class FrameEncoder(nn.Module, ABC):

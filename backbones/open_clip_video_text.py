@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulgurite.backbones.caption_tokens import CaptionTokens, LongCaptions, PadTo, vocabulary_of
+from fulgurite.backbones.frame_pixels import StoredPixels
 from fulgurite.backbones.frames import FrameTransform
 from fulgurite.backbones.open_clip_models import build_dual_encoder
 from fulgurite.backbones.open_clip_pictures import PictureTokens, picture_tokens
@@ -244,11 +245,11 @@ class OpenClipVideoText(VideoTextBackbone):
         hooks = [hook for name, each in tower.named_modules() if inside(name) for hook in each._forward_hooks.values()]
         return all(_home(hook).startswith("torch.") for hook in hooks)  # of torch are those of sharded weights
 
-    def feature_extractor(self) -> FeatureExtractor | None:
-        """Tokens of the trunk, the first of a frame for the whole; None where they can change, see `trunk_is_fixed`."""
-        if not self.trunk_is_fixed:
-            return None
-        return FeatureExtractor(self._encoder(), self.sampling)
+    def feature_extractor(self) -> FeatureExtractor:
+        """Tokens of the trunk, the first of a frame for the whole; frames themselves where those can change, see
+        `trunk_is_fixed`."""
+        kept = self._encoder() if self.trunk_is_fixed else StoredPixels(self.transform)
+        return FeatureExtractor(kept, self.sampling)
 
     def _encoder(self) -> TrunkEncoder:
         grid = "" if self.picture_tokens.grid is None else f"-{self.picture_tokens.grid}"
@@ -257,8 +258,10 @@ class OpenClipVideoText(VideoTextBackbone):
 
     def collator(self, stage: str) -> VideoTextCollator:
         """The same batches in every stage; only ``predict`` takes videos without captions."""
-        name = self._encoder().name if self.trunk_is_fixed else None
-        return VideoTextCollator(self.captions, self.sampling, self.transform, name, captions=stage != "predict")
+        stored: Literal["tokens", "pixels"] = "tokens" if self.trunk_is_fixed else "pixels"
+        name = self.feature_extractor().encoder.name
+        captions = stage != "predict"
+        return VideoTextCollator(self.captions, self.sampling, self.transform, name, captions, stored)
 
     @property
     def fingerprint(self) -> str:

@@ -5,12 +5,14 @@ Legend: V videos, F frames, S side in pixels, N tokens of a frame, C their width
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fulgurite.backbones.caption_tokens import CaptionTokens
+from fulgurite.backbones.frames import FrameTransform
 from fulgurite.methods.random import digest_of
 from fulgurite.samples import Batch, DataError, Sample, sample_fields
 from fulgurite.samples.picture import Picture, pixels_of
@@ -25,8 +27,9 @@ class VideoTextCollator:
     Args:
         tokens: captions to ids.
         sampling: which frames.
-        transform: decoded frames (F, 3, H, W) to (F, 3, S, S).
-        encoder: name under which samples may hold tokens of their frames, (F, N, C); None always decodes.
+        transform: decoded frames (F, 3, H, W) to (F, 3, S, S), and its `FrameTransform.normalised` what is stored.
+        encoder: name under which samples may hold what is ``stored`` of their frames; None always decodes.
+        stored: ``tokens`` (F, N, C), or ``pixels`` (F, 3, S, S) uint8 that are still to be normalised.
         captions: whether each sample must have some; without, videos can be embedded alone.
     """
 
@@ -34,11 +37,13 @@ class VideoTextCollator:
         self,
         tokens: CaptionTokens,
         sampling: FrameSampling,
-        transform: Callable[[Tensor], Tensor],
+        transform: FrameTransform,
         encoder: str | None = None,
         captions: bool = True,
+        stored: Literal["tokens", "pixels"] = "tokens",
     ) -> None:
         self.tokens, self.sampling, self.transform, self.encoder = tokens, sampling, transform, encoder
+        self.stored = stored
         media = "video|image" if encoder is None else f"features.{encoder}|video|image"
         self.needs = ("captions", media) if captions else (media,)
 
@@ -60,7 +65,7 @@ class VideoTextCollator:
     def _videos(self, samples: Sequence[Sample]) -> Batch:
         """``pixels``, or ``tokens`` where all samples hold them, and ``frame_mask``."""
         stored = self.encoder is not None and all(self.encoder in sample.features for sample in samples)
-        rows = [sample.features[self.encoder].float() if stored else self._pixels(sample) for sample in samples]
+        rows = [self._stored(sample) if stored else self._pixels(sample) for sample in samples]
         length = self.sampling.count or max(len(row) for row in rows)
         for sample, row in zip(samples, rows):
             if not 0 < len(row) <= length:
@@ -70,7 +75,12 @@ class VideoTextCollator:
         for number, row in enumerate(rows):
             out[number, : len(row)] = row
             mask[number, : len(row)] = True
-        return {"tokens" if stored else "pixels": out, "frame_mask": mask}
+        return {self.stored if stored else "pixels": out, "frame_mask": mask}
+
+    def _stored(self, sample: Sample) -> Tensor:
+        """(F, N, C), or (F, 3, S, S) as the tower takes them."""
+        given = sample.features[self.encoder]
+        return given.float() if self.stored == "tokens" else self.transform.normalised(given)
 
     def _pixels(self, sample: Sample) -> Tensor:
         """(F, 3, S, S) of the frames that there are."""

@@ -40,7 +40,7 @@ def fill_features(
     trainer = data.trainer
     rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
     videos = list(dict.fromkeys(s.video for s in samples if s.video is not None))
-    home = next(encoder.parameters()).device
+    home = next((parameter.device for parameter in encoder.parameters()), "cpu")
     encoder.to(home if trainer is None else trainer.strategy.root_device)
     with nullcontext() if trainer is None else in_step(trainer.strategy, "frame features"):
         extract_features(

@@ -134,7 +134,7 @@ class FeatureStore:
 
     Args:
         path: the folder; made when something is written.
-        dtype: of the stored numbers; readers give it back as it is.
+        dtype: of the stored numbers, where they are no integers; readers give it back as it is.
     """
 
     def __init__(self, path: Path, dtype: Literal["float16", "float32"] = "float16") -> None:
@@ -273,7 +273,7 @@ class _ShardWriter:
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
-            self.tensors[key] = tensor.to(self.dtype, copy=True)
+            self.tensors[key] = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             if not torch.isfinite(self.tensors[key]).all():
                 raise DataError(
                     f"features of the video with digest {key} are not finite in {self.dtype}; store them as float32: "

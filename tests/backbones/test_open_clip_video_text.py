@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fulgurite.backbones.frame_pixels import StoredPixels
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.lora import LoRA
@@ -275,17 +276,37 @@ def test_tokens_are_stored_only_where_the_trunk_stays_as_it_is(make):
         changing = make("clip", **options)
         if not options:
             changing.unfreeze()
-        assert changing.feature_extractor() is None
-        assert changing.collator("fit").encoder is None
+        assert not changing.trunk_is_fixed
+        assert isinstance(changing.feature_extractor().encoder, StoredPixels)
     adapted = make("timm_vit")
     AdapterBank(adapted, [Placement(["vision_projection", "text_attention_output"], LoRA)])
-    assert adapted.feature_extractor() is not None
+    assert not isinstance(adapted.feature_extractor().encoder, StoredPixels)
     batch = adapted.collator("fit")(samples())
     batch["tokens"] = adapted.feature_extractor().encoder(batch.pop("pixels").flatten(0, 1)).unflatten(0, (2, 2))
     AdapterBank(adapted, [Placement(["vision_attention_output"], LoRA)])
-    assert adapted.feature_extractor() is None
+    assert isinstance(adapted.feature_extractor().encoder, StoredPixels)
     with pytest.raises(ValueError, match="stored tokens of frames"):
         adapted.video_tokens(batch)
+
+
+def test_stored_frames_are_those_read_anew_to_half_a_level(make):
+    backbone = make("clip", num_frames=3, frame_rule="official_dam")
+    backbone.unfreeze()
+    collate, extractor = backbone.collator("fit"), backbone.feature_extractor()
+    plain_samples, stored = samples(8, 2), []
+    for sample in plain_samples:
+        frames = sample.video.frames(extractor.sampling.indices(sample.video))
+        kept = extractor.encoder(extractor.encoder.transform(frames))
+        assert kept.dtype == torch.uint8
+        features = {extractor.encoder.name: kept}
+        stored.append(Sample(sample.id, "d", captions=sample.captions, features=features))
+    held, batch = collate(stored), collate(plain_samples)
+    assert torch.equal(held["frame_mask"], batch["frame_mask"])
+    torch.testing.assert_close(held["pixels"], batch["pixels"])  # these frames have the tower's size already
+    other = torch.randint(0, 256, (2, 3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    level = 1 / 255 / min(backbone.transform.std)
+    again = backbone.transform.normalised(extractor.encoder.transform(other))
+    assert 0 < (again - backbone.transform(other)).abs().max() <= 0.5 * level + 1e-5
 
 
 def test_stored_tokens_are_known_by_trunk_and_preparation(make):

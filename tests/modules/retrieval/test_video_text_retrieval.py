@@ -18,7 +18,7 @@ from fulgurite.methods.retrieval.query_bank import QueryBank
 from fulgurite.methods.retrieval.sinkhorn import Sinkhorn
 from fulgurite.methods.retrieval.ucofia import Ucofia
 from fulgurite.modules.optimization import ParamGroup
-from fulgurite.samples import DataError
+from fulgurite.samples import DataError, Video
 
 ADAPTERS = [Placement(["feed_forward_output"], functools.partial(Bottleneck, reduction=4))]
 
@@ -301,3 +301,16 @@ def test_predictions_are_the_best_videos_of_each_caption(module, data, trainer, 
     for row, indices, values in zip(rows, best.indices.tolist(), best.values.tolist()):
         assert [hit["id"] for hit in row["top"]] == [samples[i].id for i in indices]
         assert [hit["score"] for hit in row["top"]] == pytest.approx(values, abs=1e-3)
+
+
+def test_a_cache_of_frames_reads_each_video_once_for_towers_that_train(module, data, trainer, tmp_path, monkeypatch):
+    read, frames = [], Video.frames
+    monkeypatch.setattr(Video, "frames", lambda video, indices: read.append(video.path.name) or frames(video, indices))
+    net = module()
+    fitted(net, data(feature_cache=tmp_path / "cache"), trainer, max_epochs=3)
+    assert sorted(read) == sorted(set(read))
+    assert len(read) == 18  # of training and validation
+    again = module()
+    fitted(again, data(feature_cache=tmp_path / "cache"), trainer, max_epochs=3)
+    assert len(read) == 18
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
