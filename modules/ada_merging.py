@@ -221,6 +221,7 @@ class AdaMerging(Classifier):
         shapes = {name: tuple(value.shape) for name, value in state_dict.items()}
         if shapes != {"coefficients": tuple(self.coefficients.shape)}:
             raise MismatchError(f"the checkpoint holds {shapes}, not coefficients {tuple(self.coefficients.shape)}")
+        # Name and shape were compared; what is missing are the experts, which come from their own files.
         return super().load_state_dict(dict(state_dict), strict=False, assign=assign)
 
     def restore(self, facts: Mapping[str, Any]) -> None:
