@@ -17,7 +17,7 @@ from torch import nn
 
 from fulgurite.backbones.foreign_models import OPEN_CLIP_CONFIG, read_config
 from fulgurite.backbones.frames import FrameTransform, load_weights
-from fulgurite.backbones.sources import resolve_source
+from fulgurite.backbones.sources import filled_later, resolve_source
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")  # of weights; those of the first kind that is there count
 
@@ -81,7 +81,7 @@ def build_dual_encoder(
     if facts.get("quick_gelu", False) != config.get("quick_gelu", False) and facts:
         right = f"{name}-quickgelu" if facts.get("quick_gelu") else name.removesuffix("-quickgelu")
         raise ValueError(f"the weights {pretrained!r} were trained with another GELU than {name} has: model: {right}")
-    _prepare(config, text, load_text=text is not None and pretrained is None)
+    _prepare(config, text, load_text=text is not None and pretrained is None and not filled_later())
     arguments = {key: value for key, value in config.items() if key != "custom_text"}
     custom = config.get("custom_text", False) or "hf_model_name" in config["text_cfg"]
     with torch.random.fork_rng(devices=[]):
@@ -93,7 +93,8 @@ def build_dual_encoder(
         if trunk is None:
             raise ValueError(f"vision_weights are those of a model of timm, and the tower of {name} is none of its")
         timm_name = config["vision_cfg"]["timm_model_name"]
-        load_trunk(trunk, timm_name, Path(resolve_source(vision_weights)))
+        if not filled_later():
+            load_trunk(trunk, timm_name, Path(resolve_source(vision_weights)))
         preprocess = {**{key: trunk.pretrained_cfg[key] for key in ("mean", "std")}, **preprocess}
     if file is not None:
         try:
@@ -131,7 +132,7 @@ def read_model(model: str | Mapping[str, Any]) -> tuple[str, dict[str, Any], dic
 
 
 def find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The file of all weights, and what open_clip knows of them where they are its own.
+    """The file of all weights, and what open_clip knows of them where they are its own; no file where `filled_later`.
 
     Raises:
         ValueError: there is no such file, or a folder holds several or none.
@@ -140,6 +141,8 @@ def find_weights(name: str, pretrained: str | None) -> tuple[Path | None, dict[s
 
     if pretrained is None:
         return None, {}
+    if filled_later():
+        return None, open_clip.get_pretrained_cfg(name, pretrained) or {}
     path = Path(resolve_source(pretrained))
     if path.is_file():
         return path, {}

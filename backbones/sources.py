@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+
+_FILLED = contextvars.ContextVar("fulgurite_weights_filled_later", default=False)
+
+
+@contextlib.contextmanager
+def weights_filled_later() -> Iterator[None]:
+    """Within it, models are made that all weights will be loaded into: files of weights need not be there."""
+    token = _FILLED.set(True)
+    try:
+        yield
+    finally:
+        _FILLED.reset(token)
+
+
+def filled_later() -> bool:
+    """Whether a model is made within `weights_filled_later`."""
+    return _FILLED.get()
 
 
 def resolve_source(source: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import jsonargparse
 import yaml
 from lightning.pytorch import LightningModule
 
+from fulgurite.backbones.sources import weights_filled_later
 from fulgurite.checkpoints import MANIFEST_NAME, RefusedError, naming_another, read_manifest
 from fulgurite.checkpoints.structure import rebuild
 from fulgurite.commands.building import Building, build
@@ -17,7 +19,7 @@ from fulgurite.commands.invocation import Invocation
 from fulgurite.commands.names import import_named
 from fulgurite.commands.runs import checkpoint_at
 from fulgurite.methods.quantization.storage import load_dense
-from fulgurite.modules.adapted import AdaptedModule
+from fulgurite.modules.adapted import BACKBONE_DIGEST, AdaptedModule
 
 
 def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
@@ -51,7 +53,8 @@ def load(path: str | Path, allow: tuple[str, ...] = ()) -> LightningModule:
             parsed = parser.parse_string(yaml.safe_dump(model))
         except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
             raise explain(error, parser, origin) from error
-        with Building(parsed, origin) as building:
+        whole = BACKBONE_DIGEST in manifest.facts
+        with Building(parsed, origin) as building, weights_filled_later() if whole else nullcontext():
             module = parser.instantiate(parsed, instantiators=[(building.through(build), object, True)]).model
     rebuild(module, manifest.structure)
     if hasattr(module, "restore"):

@@ -148,17 +148,20 @@ def one_or_more(value: str | list[str]) -> list[str]:
 
 
 def expanded(patterns: Sequence[str]) -> list[Path]:
-    """Paths in order, each glob in the order of its names.
+    """Paths in order, each glob in the order of its names, and of runs their newest checkpoints.
 
     Raises:
         ConfigError: a glob that matches nothing.
+        CheckpointError: a run without a checkpoint.
     """
+    from fulgurite.commands.runs import checkpoint_at, is_run
+
     paths: list[Path] = []
     for pattern in patterns:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern]
         if not found:
             raise ConfigError(f"sources: {pattern} matches nothing")
-        paths += map(Path, found)
+        paths += [checkpoint_at(path, "sources") if is_run(Path(path)) else Path(path) for path in found]
     return paths
 
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
-
 from fulgurite.checkpoints import (
     LISTING_NAME,
     MANIFEST_NAME,
@@ -190,6 +188,8 @@ def good_checkpoint(run: Path, invocation: Invocation) -> Path | None:
     step = f"{good[0]} (step {good[1].facts.get('global_step', 'unknown')})"
     if not older:
         raise DamagedError(f"{problems[0]} The newest good checkpoint is {step}: --resume_from_older goes on there.")
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
     rank_zero_info(f"{problems[0]} Going on from the newest good checkpoint, {step}.")
     return good[0]
 

@@ -211,7 +211,12 @@ def part_of(backbone: nn.Module, to: Target, name: str | None) -> Part:
     """The part of a backbone that a library loads. Raises `RefusedError`, which lists what there is."""
     library = "hf" if to == "peft" else to
     parts = backbone.parts()
-    held = ", ".join(f"{p.name} ({p.library})" for p in parts) or "none"
+    held = ", ".join(f"{p.name} ({p.library})" for p in parts)
+    if not parts:
+        raise RefusedError(
+            f"{type(backbone).__name__} is not exported: no part of it is a model that {library} loads. fulgurite.load "
+            "gives the module with its weights, and index and search read its runs"
+        )
     fitting = [p for p in parts if p.library == library and name in (None, p.name)]
     if len(fitting) != 1:
         problem = "no part" if not fitting else f"{len(fitting)} parts"

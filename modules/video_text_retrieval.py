@@ -18,6 +18,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from fulgurite.backbones.sources import filled_later
 from fulgurite.backbones.video_text import VideoTextBackbone
 from fulgurite.backbones.video_text_collator import video_id
 from fulgurite.methods.adapters.bank import Placement
@@ -112,7 +113,7 @@ class VideoTextRetrieval(AdaptedModule):
         super().__init__(backbone, adapters or [], optimizer, schedule, param_groups)
         self.head = head
         self.head.build(backbone.tower_facts())
-        if checkpoint is not None:
+        if checkpoint is not None and not filled_later():
             from fulgurite.backbones.retrieval_checkpoints import load_retrieval_checkpoint
 
             load_retrieval_checkpoint(checkpoint, backbone, head)

@@ -67,7 +67,7 @@ def perturbed_topk(
         scores: (B, d).
         k: 1 to d.
         samples: M.
-        sigma: standard deviation of the noise; 0 is `hard_topk`, without a gradient.
+        sigma: standard deviation of the noise; 0 is `hard_topk`, whose gradient is zero.
         generator: of the noise, on the device of ``scores``.
         noise: (B, M, d) standard normal, instead of drawing it.
 
@@ -81,7 +81,8 @@ def perturbed_topk(
     rows, d = scores.shape
     exact = scores.detach().to(torch.promote_types(scores.dtype, torch.float32))
     if sigma == 0:
-        return functional.one_hot(hard_topk(exact, k), d).to(exact.dtype)
+        value = functional.one_hot(hard_topk(exact, k), d).to(exact.dtype)
+        return _Estimated.apply(scores, value, torch.zeros_like(value))
     if noise is not None and noise.shape != (rows, samples, d):
         raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {(rows, samples, d)}: rows, samples, scores")
     selection, estimate = exact.new_zeros(rows, k, d), exact.new_zeros(rows, k, d)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from fulgurite.checkpoints import load_tensors, read_manifest, verify
+from fulgurite.checkpoints import load_tensors, read_manifest, save_checkpoint_folder, verify
 from fulgurite.cli import main
 from fulgurite.methods.merging.linear import Average
 
@@ -45,6 +45,15 @@ def test_a_glob_of_sources_and_a_short_name(models, capsys):
     printed = capsys.readouterr().out
     assert "merged 3 models: out" in printed
     assert "a.weight" in printed
+
+
+def test_of_a_run_the_newest_checkpoint_is_merged(models):
+    _, tuned = models
+    for step, model in enumerate((tuned[0], tuned[1])):
+        save_checkpoint_folder(f"run/checkpoints/step={step}", {"weights": model}, kind="self-contained", base=None)
+    sources = ("--sources", "[run, ft2.safetensors]", "--merger", "Average", "--out", "out")
+    assert main(["merge", *sources]) == 0
+    torch.testing.assert_close(load_tensors("out")["a.bias"], (tuned[1]["a.bias"] + tuned[2]["a.bias"]) / 2)
 
 
 def test_a_config_says_the_same_and_the_command_line_wins(models, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fulgurite
-from fulgurite.checkpoints import DamagedError, MissingError, read_manifest, save_checkpoint_folder
+from fulgurite.checkpoints import DamagedError, MissingError, load_tensors, read_manifest, save_checkpoint_folder
 from fulgurite.checkpoints.atomic import inject_faults
 from fulgurite.cli import main
 from fulgurite.methods.retrieval.clip4clip import Clip4Clip
@@ -35,7 +35,7 @@ HEADS = {
 }
 
 
-def save_model(folder, head):
+def save_model(folder, head, **backbone):
     """A checkpoint as a fit would leave it."""
     from fulgurite.backbones.open_clip_video_text import OpenClipVideoText
 
@@ -43,8 +43,9 @@ def save_model(folder, head):
         return {"class_path": f"{each.__module__}.{each.__qualname__}", "init_args": settings}
 
     each, settings = HEADS[head]
+    backbone = BACKBONE | backbone
     torch.manual_seed(0)
-    module = VideoTextRetrieval(OpenClipVideoText(**BACKBONE), each(**settings))
+    module = VideoTextRetrieval(OpenClipVideoText(**backbone), each(**settings))
     with torch.no_grad():  # towers with random weights give all videos nearly the same features
         for parameter in module.head.parameters():
             if parameter.dim() == 2:
@@ -53,7 +54,7 @@ def save_model(folder, head):
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     facts = checkpoint["fulgurite"]
-    parts = {"backbone": named(OpenClipVideoText, BACKBONE), "head": named(each, settings)}
+    parts = {"backbone": named(OpenClipVideoText, backbone), "head": named(each, settings)}
     save_checkpoint_folder(
         folder,
         {"weights": module.state_dict()},
@@ -73,6 +74,22 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def module(model, one_thread):
     return fulgurite.load(model)
+
+
+def test_a_whole_model_needs_no_longer_the_file_that_it_began_with(tmp_path):
+    import open_clip
+
+    torch.manual_seed(3)
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
+    torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "clip.pt")
+    saved = save_model(tmp_path / "saved", "clip4clip", pretrained=str(tmp_path / "clip.pt"))
+    expected = fulgurite.load(saved).state_dict()
+    (tmp_path / "clip.pt").unlink()
+    found = fulgurite.load(saved).state_dict()
+    assert found.keys() == expected.keys() == load_tensors(saved).keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match=r"clip\.pt"):  # elsewhere the file is asked for
+        save_model(tmp_path / "again", "clip4clip", pretrained=str(tmp_path / "clip.pt"))
 
 
 @pytest.fixture

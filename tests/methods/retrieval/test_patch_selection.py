@@ -56,7 +56,11 @@ def test_noise_that_vanishes_leaves_the_largest():
     scores = normal(5, 12)
     hard = functional.one_hot(hard_topk(scores, 3), 12).double()
     torch.testing.assert_close(perturbed_topk(scores, 3, samples=30, sigma=1e-9), hard)
-    assert torch.equal(perturbed_topk(scores, 3, sigma=0), hard)
+    scores.requires_grad_(True)
+    found = perturbed_topk(scores, 3, sigma=0)
+    assert torch.equal(found, hard)
+    found.sum().backward()  # as ddp needs: every parameter has a gradient
+    assert not scores.grad.any()
 
 
 def test_of_equal_scores_the_first_are_taken_in_ascending_order():
