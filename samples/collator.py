@@ -30,14 +30,16 @@ class Collator(Protocol):
 
 
 def sample_fields(samples: Sequence[Sample]) -> Batch:
-    """The model-free part of every batch: ``id``, ``domain``, ``kind``, ``answers`` as lists of length B,
-    ``counted`` and
-    ``speech`` (whether it comes with any) as (B,) bool."""
+    """The model-free part of every batch: ``id``, ``domain``, ``task``, ``kind``, ``answers``, ``human_answers`` and
+    ``captions`` as lists of length B, ``counted`` and ``speech`` (whether it comes with any) as (B,) bool."""
     return {
         "id": [s.id for s in samples],
         "domain": [s.domain for s in samples],
+        "task": [s.task for s in samples],
         "kind": [s.kind for s in samples],
         "answers": [dict(s.answers) for s in samples],
+        "human_answers": [s.human_answers for s in samples],
+        "captions": [s.captions for s in samples],
         "speech": torch.tensor([bool(s.speech) for s in samples], dtype=torch.bool),
         "counted": torch.tensor([s.counted for s in samples], dtype=torch.bool),
     }
