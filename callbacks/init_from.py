@@ -57,9 +57,10 @@ class InitialWeights(Callback):
                 problems.append(f"{name}: file {tuple(value.shape)}, module {tuple(targets[name].shape)}")
         if problems:
             shown = "\n  ".join(problems[:MAX_LISTED])
+            options = f".{pl_module.shape_option}" if isinstance(pl_module, AdaptedModule) else ""
             raise MismatchError(
                 f"init_from {self.path}: {len(problems)} tensors do not fit this module:\n  {shown}\n"
-                "Use the settings that the checkpoint was made with."
+                f"Set model.init_args{options} to what the checkpoint was made with (see its config.yaml)."
             )
         # Every name and shape was compared; only what is frozen may be missing.
         trainer.strategy.load_model_state_dict({"state_dict": weights}, strict=False)

@@ -47,6 +47,17 @@ def embedded(net, batch, name):
     return texts.sentence, videos.video
 
 
+def test_missing_frames_do_not_route(backbone, data):
+    net = ContinualRetrieval(backbone(), Clip4Clip(max_frames=3, temporal="mean"), ADAPTERS)
+    batch = net.collator("test")(stream(data).samples("test")[:2])
+    batch["frame_mask"][1, 2] = False
+    batch["pixels"][1, 2] = 0
+    with torch.no_grad():
+        found = net.routing_of_videos(batch)
+        frames = net.backbone.video_tokens(batch).tokens[:, :, 0]
+    torch.testing.assert_close(found, torch.stack([frames[0].mean(0), frames[1, :2].mean(0)]))
+
+
 def test_modes_use_the_sets_that_they_name(run):
     net, videos, _ = run()
     assert set(net.bank.names) == {"live", "initial", "a", "b"}

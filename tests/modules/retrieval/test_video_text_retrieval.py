@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from fulgurite.callbacks.init_from import InitialWeights
 from fulgurite.callbacks.run_folder import RunFolder
+from fulgurite.checkpoints import MismatchError, save_checkpoint_folder
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.optimizers.bert_adam import BertAdam
@@ -18,7 +20,7 @@ from fulgurite.methods.retrieval.query_bank import QueryBank
 from fulgurite.methods.retrieval.sinkhorn import Sinkhorn
 from fulgurite.methods.retrieval.ucofia import Ucofia
 from fulgurite.modules.optimization import ParamGroup
-from fulgurite.samples import DataError, Video
+from fulgurite.samples import DataError, Stage, Video
 
 ADAPTERS = [Placement(["feed_forward_output"], functools.partial(Bottleneck, reduction=4))]
 
@@ -151,6 +153,20 @@ def test_with_adapters_the_towers_stay_and_are_no_part_of_the_file(module, data,
     assert not any(name.startswith("backbone.") for name in net.state_dict())
     assert {name.split(".")[0] for name in net.state_dict()} == {"bank", "head"}
     assert not torch.equal(net.head.word_projection, module(ADAPTERS).head.word_projection)
+
+
+def test_a_start_of_other_lengths_names_the_option_to_change(module, data, trainer, tmp_path):
+    longer = module(head=Ucofia(max_frames=5, max_words=12, temporal_layers=1))
+    longer.prepare(data().info(), [Stage("all", ("d",), 1, 1)])
+    saved = tmp_path / "start"
+    checkpoint = {}
+    longer.on_save_checkpoint(checkpoint)
+    facts = checkpoint["fulgurite"]
+    kept = {"kind": facts.pop("kind"), "base": facts.pop("base"), "facts": facts}
+    save_checkpoint_folder(saved, {"weights": longer.state_dict()}, **kept)
+    with pytest.raises(MismatchError, match=r"head\.frame_matrix\.weight: file \(5, 5\), module \(3, 3\)") as error:
+        trainer(callbacks=[InitialWeights(saved)]).fit(module(), datamodule=data())
+    assert "model.init_args.head" in str(error.value)
 
 
 def test_rates_and_decay_belong_to_groups_of_names(module, data, trainer):
