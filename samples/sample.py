@@ -19,8 +19,8 @@ class Sample:
         id: unique within its split; metrics and predictions are keyed by it.
         domain: name of the data set or world that it comes from.
         task: ``"videoqa"`` here; decides which module can take it together with the filled fields. Generative tasks
-            are ``"vqa"``, ``"gqa"``, ``"nlvr2"``, ``"caption"``, ``"tvqa"``, ``"how2qa"``, ``"tvc"``, ``"yc2c"``, or the
-            name of a GLUE task.
+            are ``"vqa"``, ``"gqa"``, ``"nlvr2"``, ``"caption"``, ``"tvqa"``, ``"how2qa"``, ``"tvc"``, ``"yc2c"``, or
+            the name of a GLUE task.
         question: text in, without the prefix that names the task to a model; empty where the picture is all there is.
         text_pair: the second of two texts that are judged together; ``question`` is the first.
         answers: accepted answers with their scores; empty where unknown (prediction).
