@@ -11,6 +11,7 @@ from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.retrieval.clip4clip import Clip4Clip
 from fulgurite.methods.routing.centroid import CentroidRouter
 from fulgurite.modules.continual_retrieval import RETRIEVAL_MODES, ContinualRetrieval
+from fulgurite.modules.video_text_retrieval import VideoTextRetrieval
 
 ADAPTERS = [Placement(["feed_forward_output"], functools.partial(Bottleneck, reduction=4))]
 
@@ -56,6 +57,19 @@ def test_missing_frames_do_not_route(backbone, data):
         found = net.routing_of_videos(batch)
         frames = net.backbone.video_tokens(batch).tokens[:, :, 0]
     torch.testing.assert_close(found, torch.stack([frames[0].mean(0), frames[1, :2].mean(0)]))
+
+
+def test_repeats_teach_no_router(run, monkeypatch):
+    net, videos, _ = run()
+    batch = net.collator("fit")(videos.samples("test")[:3])
+    batch["counted"][1] = False
+    seen = {}
+    monkeypatch.setattr(ContinualRetrieval, "in_first_epoch", True)
+    monkeypatch.setattr(net, "teach", lambda routers, parts, counted: seen.update({routers[0]: counted}))
+    monkeypatch.setattr(VideoTextRetrieval, "training_step", lambda *args: None)
+    net.training_step(batch, 0)
+    assert torch.equal(seen[net.video_router], torch.tensor([True, False, True]))
+    assert torch.equal(seen[net.router], batch["owner"] != 1)
 
 
 def test_modes_use_the_sets_that_they_name(run):
