@@ -96,6 +96,18 @@ def test_modes_use_the_sets_that_they_name(run):
     torch.testing.assert_close(found["average"][1].video, mean[1], rtol=1e-5, atol=1e-6)
 
 
+def test_each_tower_has_its_own_router(run, monkeypatch):
+    net, videos, _ = run()
+    batch = net.collator("test")(videos.samples("test")[:3])
+    for router, column in ((net.router, 0), (net.video_router, 1)):
+        one_hot = torch.eye(2)[column]
+        monkeypatch.setattr(router, "forward", lambda features, one_hot=one_hot, **_: one_hot.expand(len(features), 2))
+    with torch.no_grad():
+        texts, found = net.embed_in(["router"], batch)["router"]
+    torch.testing.assert_close(texts.sentence, embedded(net, batch, "a")[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.video, embedded(net, batch, "b")[1], rtol=1e-5, atol=1e-6)
+
+
 def test_routers_learn_the_mean_frozen_feature_of_every_domain(run):
     net, videos, _ = run()
     collator = net.collator("fit")
