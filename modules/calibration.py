@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from fulgurite.methods.adapters.places import site_of
 from fulgurite.samples import Batch
 
 SETS = "bank.sets."
@@ -70,7 +71,7 @@ def place_of(layer: str) -> str:
     if not layer.startswith(SETS):
         return layer
     site = layer.removeprefix(SETS).split(".")[1]
-    return f"backbone.{site.replace('/', '.')}"
+    return f"backbone.{site_of(site.replace('/', '.'))}"
 
 
 @contextmanager

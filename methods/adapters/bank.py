@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,32 +15,11 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.base import Adapter
 from fulgurite.methods.adapters.mixing import Mixture
+from fulgurite.methods.adapters.places import Place, Placement, check_meetings, find_places, make_adapters
 from fulgurite.methods.adapters.report import BankReport, PlacementReport
 from fulgurite.methods.structure import ModelSpec
 
 LIVE = "live"
-
-
-@dataclass
-class Placement:
-    """One kind of adapter at some public places of a model.
-
-    Args:
-        points: names among the ``points`` of the model's `ModelSpec`.
-        kind: makes the adapter of one site; its first positional argument is the site's module.
-    """
-
-    points: list[str]
-    kind: Callable[[nn.Module], Adapter]
-
-
-@dataclass(frozen=True)
-class _Site:
-    """A module of the backbone that carries an adapter, and the number of the placement that put it there."""
-
-    name: str
-    module: nn.Module
-    placement: int
 
 
 @dataclass(frozen=True)
@@ -68,19 +47,22 @@ class AdapterBank(nn.Module):
     holds ``sets.<set>.<site with "/" for ".">.<tensor>`` only. The set ``live`` is the one that trains; all
     others have ``requires_grad`` off. Where no `use` is active, the live set is applied.
 
+    Placements that meet at a site act in their order, each on what the one before gave; the second's key is
+    ``<site>@1``. An adapter that spans all sites of its placement has the key ``placement-<number>``.
+
     A module that owns both the backbone and the bank can be deep-copied and pickled; the copy's hooks call
     the copy's bank. Create all sets before a strategy wraps the model, and attach before `torch.compile`
     first runs.
 
     Args:
         backbone: the frozen model.
-        placements: which kind of adapter goes where. A site carries one adapter. Without any, sets are empty.
+        placements: which kind of adapter goes where. Without any, sets are empty.
         sets: names of the sets to make besides ``live``, in the order of the columns of mixing weights.
         spec: the model's structure; ``backbone.spec`` when not given.
 
     Raises:
         LookupError: a point is unknown, or matches fewer or more modules than the model has there.
-        ValueError: two placements meet at a site or nest in a replaced one, or a set's name cannot be used.
+        ValueError: two placements cannot meet at a site or nest in a replaced one, or a set's name cannot be used.
     """
 
     def __init__(
@@ -92,21 +74,17 @@ class AdapterBank(nn.Module):
     ) -> None:
         super().__init__()
         self.placements = list(placements)
-        self._sites = _find_sites(backbone, self.placements, spec or backbone.spec)
+        self._places = find_places(backbone, self.placements, spec or backbone.spec)
         self.num_backbone_parameters = sum(p.numel() for p in backbone.parameters())
         self.sets = nn.ModuleDict()
         for name in (*sets, LIVE):
             self.add(name)
-        self._check_nesting()
-        for key, site in self._sites.items():
-            site.module.register_forward_hook(functools.partial(self._adapt, key), with_kwargs=True)
-
-    def _check_nesting(self) -> None:
-        replaced = [self._sites[key].name for key, adapter in self._set(LIVE).items() if adapter.verb == "replace"]
-        for outer in replaced:
-            for site in self._sites.values():
-                if site.name.startswith(f"{outer}."):
-                    raise ValueError(f"{site.name!r} lies inside {outer!r}, which is replaced; adapt only one of them")
+        live = self._set(LIVE)
+        check_meetings(self._places, live)
+        for place in self._places:
+            if place.index is not None and hasattr(live[place.key], "before"):
+                place.module.register_forward_pre_hook(functools.partial(self._prepare, place), with_kwargs=True)
+            place.module.register_forward_hook(functools.partial(self._adapt, place), with_kwargs=True)
 
     @property
     def live(self) -> str:
@@ -120,8 +98,30 @@ class AdapterBank(nn.Module):
 
     @property
     def sites(self) -> list[str]:
-        """Module names of the adapted sites, in order of the placements."""
-        return [site.name for site in self._sites.values()]
+        """Names of the adapters of a set, as in `adapters_of`, in order of the placements."""
+        return list(self._labels.values())
+
+    @property
+    def places(self) -> list[Place]:
+        """Every site with the adapter that acts there, in the order of the placements."""
+        return list(self._places)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the kinds route by, which `tasks_of` counts through; empty where none does.
+
+        Raises:
+            ValueError: two kinds name other tasks, or the same in another order.
+        """
+        named = {adapter.tasks: key for key, adapter in self._set(LIVE).items() if adapter.tasks}
+        if len(named) > 1:
+            raise ValueError(f"kinds that route by task must name the same tasks in the same order, not {list(named)}")
+        return next(iter(named), ())
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        """The adapters' public names by their keys."""
+        return {place.key: place.label for place in self._places}
 
     def add(self, name: str) -> None:
         """Make a fresh set on the devices of its sites. Only ``live`` trains.
@@ -134,14 +134,7 @@ class AdapterBank(nn.Module):
                 f"an adapter set cannot be called {name!r}: it is empty, taken, reserved, or has a '.'; "
                 f"there are {self.names}"
             )
-        adapters = nn.ModuleDict()
-        for key, site in self._sites.items():
-            adapter = self.placements[site.placement].kind(site.module)
-            if not isinstance(adapter, Adapter):
-                raise ValueError(f"placement {site.placement} makes a {type(adapter).__name__}, which is no Adapter")
-            parameter = next(site.module.parameters(), None)
-            adapters[key] = adapter if parameter is None else adapter.to(parameter.device)
-        self.sets[name] = adapters.requires_grad_(name == LIVE)
+        self.sets[name] = make_adapters(self.placements, self._places).requires_grad_(name == LIVE)
 
     def remove(self, name: str) -> None:
         """Forget a set. The live set stays."""
@@ -155,8 +148,9 @@ class AdapterBank(nn.Module):
         return list(self._set(name).parameters())
 
     def adapters_of(self, name: str) -> dict[str, Adapter]:
-        """The adapters of one set by the module name of their site."""
-        return {self._sites[key].name: adapter for key, adapter in self._set(name).items()}
+        """The adapters of one set by the module name of their site (``<site>@1``, ``placement-<number>``)."""
+        labels = self._labels
+        return {labels[key]: adapter for key, adapter in self._set(name).items()}
 
     def _set(self, name: str) -> nn.ModuleDict:
         if name not in self.sets:
@@ -247,41 +241,52 @@ class AdapterBank(nn.Module):
         for key, adapter in adapters[0].items():
             if not adapter.mixes:
                 raise ValueError(
-                    f"{adapter} at {self._sites[key].name!r} does not define mixing; "
+                    f"{adapter} at {self._labels[key]!r} does not define mixing; "
                     "select one set by its name, or one per sample by an index"
                 )
         return _Selection(mixture=Mixture.of(selection), sets=names)
 
-    def _adapt(self, key: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        """The forward hook of the site ``key``."""
+    def _prepare(self, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward pre-hook of a place whose kind defines ``before``."""
         chosen = _ACTIVE.get().get(id(self), _Selection(LIVE))
-        x = args[0] if args else next(iter(kwargs.values()))
-        if chosen.name is not None:
-            return self.sets[chosen.name][key](x, y)
-        if chosen.mixture is None:
+        name = chosen.name
+        if chosen.mixture is not None:
+            kind = type(self.sets[chosen.sets[0]][place.key])
+            if not chosen.mixture.is_one_hot:
+                raise ValueError(f"{kind.__name__} changes what {place.name!r} is called with, which cannot be mixed")
+            name = chosen.sets[kind.only(chosen.mixture)]
+        return None if name is None else self.sets[name][place.key].before(place.index, args, kwargs)
+
+    def _adapt(self, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+        """The forward hook of a place."""
+        chosen = _ACTIVE.get().get(id(self), _Selection(LIVE))
+        if chosen.name is None and chosen.mixture is None:
             return y
-        num_samples = len(chosen.mixture.weights)
-        if y.dim() < 2 or len(y) != num_samples or len(x) != num_samples:
-            raise ValueError(
-                f"the site {self._sites[key].name!r} turns {tuple(x.shape)} into {tuple(y.shape)}, but the "
-                f"selection is for {num_samples} samples, which must be the first dimension"
-            )
-        experts = [self.sets[name][key] for name in chosen.sets]
+        if place.index is None:
+            call = (args[0] if args else next(iter(kwargs.values())), y)
+        else:
+            call = (place.index, args, kwargs, y)
+        if chosen.name is not None:
+            return self.sets[chosen.name][place.key](*call)
+        if place.index is None:
+            _require_samples(place.name, *call, len(chosen.mixture.weights))
+        experts = [self.sets[name][place.key] for name in chosen.sets]
         kind = type(experts[0])
         with _gathered(experts):
-            return (kind.select if chosen.mixture.is_one_hot else kind.mix)(experts, chosen.mixture, x, y)
+            return (kind.select if chosen.mixture.is_one_hot else kind.mix)(experts, chosen.mixture, *call)
 
     def report(self) -> BankReport:
         """What one set trains and stores, by placement."""
         rows = []
         for number, placement in enumerate(self.placements):
-            adapters = [a for key, a in self._set(LIVE).items() if self._sites[key].placement == number]
+            places = [place for place in self._places if place.placement == number]
+            adapters = [self._set(LIVE)[key] for key in dict.fromkeys(place.key for place in places)]
             parameters = [p for adapter in adapters for p in adapter.parameters()]
             rows.append(
                 PlacementReport(
-                    kind=type(adapters[0]).__name__,
+                    kind=adapters[0].title,
                     points=tuple(placement.points),
-                    num_sites=len(adapters),
+                    num_sites=len(places),
                     num_parameters=sum(p.numel() for p in parameters),
                     num_bytes=sum(p.numel() * p.element_size() for p in parameters),
                 )
@@ -289,22 +294,12 @@ class AdapterBank(nn.Module):
         return BankReport(tuple(rows), self.num_backbone_parameters)
 
 
-def _find_sites(backbone: nn.Module, placements: Sequence[Placement], spec: ModelSpec) -> dict[str, _Site]:
-    """The sites of all placements, by their key in a set."""
-    sites: dict[str, _Site] = {}
-    for number, placement in enumerate(placements):
-        for point in placement.points:
-            for name in spec.point_names(backbone, point):
-                key = name.replace(".", "/")
-                if key in sites:
-                    raise ValueError(
-                        f"placements {sites[key].placement} and {number} meet at {name!r} ({point!r}); "
-                        "a site carries one adapter"
-                    )
-                sites[key] = _Site(name, backbone.get_submodule(name), number)
-    if placements and not sites:
-        raise ValueError("nothing to adapt: give placements, each with at least one point")
-    return sites
+def _require_samples(site: str, x: Tensor, y: Tensor, num_samples: int) -> None:
+    if y.dim() < 2 or len(y) != num_samples or len(x) != num_samples:
+        raise ValueError(
+            f"the site {site!r} turns {tuple(x.shape)} into {tuple(y.shape)}, but the selection is for "
+            f"{num_samples} samples, which must be the first dimension"
+        )
 
 
 @contextlib.contextmanager

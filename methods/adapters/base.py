@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,13 @@ class Adapter(nn.Module, ABC):
     """
 
     verb: ClassVar[Verb]
+    spans: ClassVar[bool] = False  # one adapter for all sites of a placement, as `Spanning`
+    tasks: tuple[str, ...] = ()  # names of the tasks that it routes by, see `tasks.tasks_of`
+
+    @property
+    def title(self) -> str:
+        """The kind in words, for reports."""
+        return type(self).__name__
 
     @property
     def mixes(self) -> bool:
@@ -46,7 +54,7 @@ class Adapter(nn.Module, ABC):
 
         Only what changes is listed. Raises `FoldError` where no tensors do that, as for a kind that defines none.
         """
-        raise FoldError(f"{type(self).__name__} cannot be folded into the weights of a {type(site).__name__}")
+        raise FoldError(f"{self.title} cannot be folded into the weights of a {type(site).__name__}")
 
     @classmethod
     def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
@@ -65,11 +73,66 @@ class Adapter(nn.Module, ABC):
         return out
 
 
+@dataclass(frozen=True)
+class SpanSite:
+    """A module that a `Spanning` adapter acts on, and the public place of the model that it was found at."""
+
+    name: str
+    module: nn.Module
+    point: str
+
+
+class Spanning(Adapter):
+    """One adapter for all sites of a placement; its first positional argument is their sequence of `SpanSite`.
+
+    The sites come in the order of the placement's points, and at one point in that of the model. Modules of the
+    backbone that a subclass keeps must not become its submodules: keep them in a tuple. Where a subclass defines
+    ``before(index, args, kwargs)``, it is called with what the site is called with, and gives (args, kwargs) to call
+    it with instead, or None.
+    """
+
+    spans = True
+
+    @property
+    def mixes(self) -> bool:
+        """False unless a subclass defines `mix`."""
+        return False
+
+    @abstractmethod
+    def at(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+        """New output of the site ``index`` from its call's arguments and its own output ``y``."""
+
+    def folded_at(self, index: int, site: nn.Module) -> dict[str, Tensor]:
+        """As `folded`, for the site ``index``, of which ``site`` may be a copy that others were folded into."""
+        raise FoldError(f"{self.title} cannot be folded into the weights of a {type(site).__name__}")
+
+    def forward(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Any) -> Any:
+        """`at`."""
+        return self.at(index, args, kwargs, y)
+
+    @classmethod
+    def mix(cls, experts: Sequence[Self], mixture: Mixture, index: int, args: Any, kwargs: Any, y: Any) -> Any:
+        """Output at one site of the adapters that each sample's weights average, exactly."""
+        raise NotImplementedError(f"{cls.__name__} does not define mixing; select one set by name or by index")
+
+    @classmethod
+    def select(cls, experts: Sequence[Self], mixture: Mixture, index: int, args: Any, kwargs: Any, y: Any) -> Any:
+        """Output at one site of one adapter per sample. Defined for one adapter for all samples."""
+        return experts[cls.only(mixture)](index, args, kwargs, y)
+
+    @classmethod
+    def only(cls, mixture: Mixture) -> int:
+        """The one expert of all samples of a one-hot mixture. Raises `ValueError` where there are several."""
+        if len(mixture.groups) > 1:
+            raise ValueError(f"{cls.__name__} cannot run another set for every sample; select one set by its name")
+        return mixture.groups[0].experts[0]
+
+
 def site_width(site: int | nn.Module) -> int:
     """Number of features that leave ``site``."""
     if isinstance(site, int):
         return site
-    for name in ("out_features", "normalized_shape", "embedding_dim", "out_channels"):
+    for name in ("out_features", "normalized_shape", "embedding_dim", "out_channels", "width"):
         size = getattr(site, name, None)
         if size is not None:
             return size if isinstance(size, int) else size[-1]

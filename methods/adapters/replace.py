@@ -27,7 +27,7 @@ class Replace(Adapter):
     def __init__(self, site: nn.Module) -> None:
         super().__init__()
         self._site = (site,)  # in a tuple, so that the frozen module is no part of this one
-        self.module = _without_hooks(site).requires_grad_(True)
+        self.module = bare_copy(site).requires_grad_(True)
 
     @property
     def mixes(self) -> bool:
@@ -69,9 +69,10 @@ class Replace(Adapter):
         return scaled if biases is None else scaled + mixture.average(biases, like=scaled)
 
 
-def _without_hooks(site: nn.Module) -> nn.Module:
+def bare_copy(site: nn.Module) -> nn.Module:
     """A deep copy of ``site`` free of the forward hooks on it, which would drag the bank along."""
     bare = copy.copy(site)
-    hooks = {name: OrderedDict() for name in site.__dict__ if name.startswith("_forward_hooks")}
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    hooks = {name: OrderedDict() for name in site.__dict__ if name.startswith(kinds)}
     bare.__dict__ = {**site.__dict__, **hooks}
     return copy.deepcopy(bare)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.delta import WeightDelta
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.replace import Replace
 from fulgurite.methods.structure import ModelSpec
@@ -188,7 +189,7 @@ def test_samples_folded_into_the_first_dimension_are_an_error(owner, x):
         ([Placement(["blok"], Bottleneck)], LookupError, "no place 'blok'"),
         ([Placement(["absent"], Bottleneck)], LookupError, "matches 0 modules, expected 1"),
         (
-            [Placement(["block"], Bottleneck), Placement(["first"], LoRA)],
+            [Placement(["block"], Bottleneck), Placement(["first"], WeightDelta)],
             ValueError,
             r"0 and 1 meet at 'blocks\.0\.0'",
         ),
