@@ -96,6 +96,18 @@ def test_modes_use_the_sets_that_they_name(run):
     torch.testing.assert_close(found["average"][1].video, mean[1], rtol=1e-5, atol=1e-6)
 
 
+def test_within_a_stream_the_stages_trained_so_far_are_used(run):
+    net, videos, _ = run(mode="last")
+    captions = net.backbone.caption_batch(videos.samples("test")[0].captions)
+    found = {}
+    for stage in (0, 1):
+        net.stage = stage
+        with torch.no_grad():
+            found[stage] = net.weights_of(net.router, net.routing_of_captions(captions))[0]
+    assert found[0].tolist() == [0, 1, 0]
+    assert found[1].tolist() == [0, 0, 1]
+
+
 def test_each_tower_has_its_own_router(run, monkeypatch):
     net, videos, _ = run()
     batch = net.collator("test")(videos.samples("test")[:3])

@@ -155,6 +155,19 @@ def test_with_adapters_the_towers_stay_and_are_no_part_of_the_file(module, data,
     assert not torch.equal(net.head.word_projection, module(ADAPTERS).head.word_projection)
 
 
+def test_training_compares_by_the_mean_of_the_levels(module, data, trainer):
+    net = module(
+        head=Ucofia(max_frames=3, max_words=12, temporal_layers=1, levels=("video_sentence", "frame_sentence"))
+    )
+    videos = data()
+    fitted(net, videos, trainer, max_steps=1)
+    samples = videos.samples("train")[:4]
+    with torch.no_grad():
+        found = net.eval()(net.collator("fit")(samples))
+    levels, _ = whole_scores(net, samples)
+    torch.testing.assert_close(found, (levels[0] + levels[1]) / 2, rtol=1e-5, atol=1e-5)
+
+
 def test_a_start_of_other_lengths_names_the_option_to_change(module, data, trainer, tmp_path):
     longer = module(head=Ucofia(max_frames=5, max_words=12, temporal_layers=1))
     longer.prepare(data().info(), [Stage("all", ("d",), 1, 1)])
