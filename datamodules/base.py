@@ -46,8 +46,8 @@ SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {
 }
 STAGE_OF_SPLIT = {"train": "fit", "val": "validate"}
 
-# Lightning cannot know that this sampler never drops a sample.
-warnings.filterwarnings("ignore", message=r"You are using a custom batch sampler `GlobalBatchSampler`")
+# Lightning cannot know that these samplers never drop a sample.
+warnings.filterwarnings("ignore", message=r"You are using a custom batch sampler `(GlobalBatch|TaskBatch)Sampler`")
 
 
 class FulguriteDataModule(LightningDataModule, ABC):
@@ -290,23 +290,22 @@ class FulguriteDataModule(LightningDataModule, ABC):
         return self.samples(split)
 
     def _parts(self, split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
-        rank, world = self._rank_and_world()
-        training = split == "train"
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
-        sampler = GlobalBatchSampler(
-            len(samples),
-            self.batch_size if training else self.eval_batch_size,
-            rank,
-            world,
-            shuffle=training and not overfit,
-            seed=self.seed,
-        )
         return {
             "dataset": SampleDataset(samples),
-            "batch_sampler": sampler,
+            "batch_sampler": self._sampler(split, samples),
             "collate_fn": self._collator(split),
             "num_workers": self.num_workers,
         }
+
+    def _sampler(self, split: Split, samples: Sequence[Sample]) -> GlobalBatchSampler:
+        """The order of ``samples`` and their batches, for this process."""
+        rank, world = self._rank_and_world()
+        size = self.batch_size if split == "train" else self.eval_batch_size
+        return GlobalBatchSampler(len(samples), size, rank, world, self._shuffles(split), self.seed)
+
+    def _shuffles(self, split: Split) -> bool:
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        return split == "train" and not overfit
 
     def _usable(self, split: Split, collator: Collator) -> list[Sample]:
         """The samples of ``split`` whose videos can be read, with stored features where there is a cache."""

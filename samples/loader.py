@@ -90,13 +90,7 @@ class ResumableLoader(DataLoader):
     def state_dict(self) -> dict[str, Any]:
         """Batches handed out in this epoch, the epoch, and what the data were."""
         sampler = self.batch_sampler
-        return {
-            "name": self.name,
-            "count": self.count,
-            "epoch": sampler.epoch,
-            "samples": sampler.num_samples,
-            "batch": sampler.global_batch_size,
-        }
+        return {"name": self.name, "count": self.count, "epoch": sampler.epoch, **sampler.facts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state``; a finished epoch continues with the next one.
@@ -105,9 +99,9 @@ class ResumableLoader(DataLoader):
             DataError: the state stands in the middle of an epoch over other data.
         """
         sampler = self.batch_sampler
-        now = {"name": self.name, "samples": sampler.num_samples, "batch": sampler.global_batch_size}
-        then = {key: state[key] for key in now}
-        finished = state["count"] >= -(-state["samples"] // state["batch"])
+        now = {"name": self.name, **sampler.facts}
+        then = {key: value for key, value in state.items() if key not in ("count", "epoch")}
+        finished = state["count"] >= state["batches"]
         if then != now and not finished:
             raise DataError(
                 f"The run stopped in the middle of an epoch over {then} and cannot go on with {now}: "

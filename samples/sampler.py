@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 
@@ -65,12 +66,20 @@ class GlobalBatchSampler:
     def __len__(self) -> int:
         return -(-self.num_samples // self.global_batch_size)
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What a position in an epoch refers to."""
+        return {"samples": self.num_samples, "batch": self.global_batch_size, "batches": len(self)}
+
+    def global_batches(self) -> Iterator[list[int]]:
+        """All batches of this epoch, before they are shared out."""
+        order = self.order()
+        return (order[at : at + self.global_batch_size] for at in range(0, len(order), self.global_batch_size))
+
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of this rank, without the first ``skip`` ones; ``skip`` counts for one pass only."""
         skip, self.skip = self.skip, 0
-        order = self.order()
-        for at in range(skip * self.global_batch_size, self.num_samples, self.global_batch_size):
-            batch = order[at : at + self.global_batch_size]
+        for batch in islice(self.global_batches(), skip, None):
             share = -(-len(batch) // self.world)
             mine = batch[self.rank :: self.world]
             repeats = [batch[(self.rank + i) % len(batch)] + self.num_samples for i in range(share - len(mine))]

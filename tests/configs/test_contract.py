@@ -11,7 +11,7 @@ import yaml
 from fulgurite.commands.names import class_table
 
 ALL_MODULES = ["ContinualVideoQA", "VideoQA"]
-ALL_DATAMODULES = ["Worlds", "ContinualDataModule", "JsonlDataModule", "VideoQADataModule", "SixDomains"]
+ALL_DATAMODULES = ["Worlds", "ContinualDataModule", "JsonlDataModule", "MultiTask", "VideoQADataModule", "SixDomains"]
 BACKBONES = ["PrefixEncoder", "FrozenBiLM"]
 # Their pairs are in test_pictures.py.
 PICTURE_MODULES = ["AdaMerging", "ImageClassifier"]
@@ -76,6 +76,7 @@ def data_settings(own_root, official_root):
         "Worlds": {"worlds": ["grid"], "epochs_per_domain": 1},
         "ContinualDataModule": {"domains": parts, "epochs_per_domain": 1},
         "JsonlDataModule": own,
+        "MultiTask": {"domains": parts, "batch_sizes": [4, 2]},
         "VideoQADataModule": {**official, "dataset": "msvd"},
         "SixDomains": {**official, "datasets": ["ivqa", "tgif"], "epochs_per_domain": 1},
     }
