@@ -195,3 +195,79 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_pictures(folder, names, side, rng):
+    """A grid of 49 features of width 8 and a small picture for each name."""
+    import h5py
+    from PIL import Image
+
+    features = folder / "clip_features" / "data_clip_RN101_att"
+    (folder / "images").mkdir(parents=True)
+    features.mkdir(parents=True)
+    for name in names:
+        with h5py.File(features / f"{name}.h5", "w") as file:
+            file[f"{name}/features"] = rng.normal(size=(49, 8)).astype(np.float32)
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(folder / "images" / f"{name}.png")
+
+
+@pytest.fixture(scope="session")
+def picture_root(tmp_path_factory):
+    """VQAv2, GQA, NLVR2 and COCO captions in the files of VL-T5; features have width 8."""
+    root, rng = tmp_path_factory.mktemp("datasets"), np.random.default_rng(0)
+    for folder, names in (
+        ("COCO", [f"COCO_val2014_{i:012}" for i in range(6)]),
+        ("VG", [str(100 + i) for i in range(4)]),
+        ("GQA", ["n1", "n2"]),
+        ("nlvr", [f"{split}-{i}-0-img{k}" for split in ("train", "dev", "test1") for i in range(4) for k in (0, 1)]),
+    ):
+        write_pictures(root / folder, names, 32, rng)
+    for split, size in (("karpathy_train", 8), ("karpathy_val", 5), ("karpathy_test", 5), ("test_4", 3)):
+        records = [
+            {
+                "img_id": f"COCO_val2014_{i % 6:012}",
+                "question_id": 10 * i,
+                "sent": f"What colour is bus {i}?",
+                "label": {"red": 1.0, "maroon": 0.3},
+                "answers": [{"answer": "red" if k < 9 else "maroon", "answer_id": k + 1} for k in range(10)],
+                "answer_type": ("yes/no", "number", "other")[i % 3],
+            }
+            for i in range(size)
+        ]
+        if split == "test_4":
+            records = [{key: r[key] for key in ("img_id", "question_id", "sent")} for r in records]
+        write_json(root / "vqa" / f"{split}.json", records)
+    for split, pictures in (("train", "100 101"), ("valid", "102 103"), ("testdev", "n1 n2"), ("submit", "100")):
+        records = [
+            {"img_id": name, "question_id": f"{split}{name}{i}", "sent": f"Is it {i}?", "label": {"yes": 1.0}}
+            for name in pictures.split()
+            for i in range(3)
+        ]
+        write_json(root / "GQA" / f"{split}.json", records)
+    for split, name in (("train", "train"), ("valid", "dev"), ("test", "test1")):
+        records = [
+            {
+                "uid": f"nlvr2_{split}_{i}",
+                "img0": f"{name}-{i}-0-img0",
+                "img1": f"{name}-{i}-0-img1",
+                "label": i % 2,
+                "sent": f"There is dog {i} in each image.",
+            }
+            for i in range(4)
+        ]
+        write_json(root / "nlvr" / f"{split}.json", records)
+    images = [
+        {
+            "filename": f"COCO_val2014_{i:012}.jpg",
+            "split": ("train", "restval", "val", "val", "test", "test")[i],
+            "sentences": [{"raw": f"Picture {i} in sentence {k}."} for k in range(2)],
+        }
+        for i in range(6)
+    ]
+    write_json(root / "COCO" / "dataset_coco.json", {"images": images})
+    return root
