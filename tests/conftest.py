@@ -271,3 +271,88 @@ def picture_root(tmp_path_factory):
     ]
     write_json(root / "COCO" / "dataset_coco.json", {"images": images})
     return root
+
+
+@pytest.fixture(scope="session")
+def video_root(tmp_path_factory):
+    """TVQA, How2QA, TVC and YC2C in the files of VALUE; features have width 8."""
+    root, rng = tmp_path_factory.mktemp("video"), np.random.default_rng(0)
+    for source in ("tv", "how2", "yc2"):
+        folder = root / "vis_features" / source / "clip-vit"
+        folder.mkdir(parents=True)
+        spoken = []
+        for i in range(4):
+            np.savez(folder / f"{source}{i}.npz", features=rng.normal(size=(50 + 10 * i, 8)).astype(np.float32))
+            spoken.append(
+                {"vid_name": f"{source}{i}", "sub": [{"text": f" Line {k} of {i}.", "start": k} for k in (0, 1)]}
+            )
+        (root / "ann").mkdir(exist_ok=True)
+        write_lines(root / "ann" / f"{source}_subtitles.jsonl", spoken[:3])
+    for task, source, splits in (
+        ("tvqa", "tv", "train val test_public test_release"),
+        ("how2qa", "how2", "train_release val_release test_public_release"),
+        ("tvc", "tv", "train_release val_release test_release"),
+        ("yc2c", "yc2", "train_release val_release test_release"),
+    ):
+        for split in splits.split():
+            rows = [video_row(task, f"{source}{i % 4}", i, split) for i in range(8 if "train" in split else 3)]
+            write_lines(root / "ann" / task / f"{task}_{split}.jsonl", rows)
+    return root
+
+
+def video_row(task, video, number, split):
+    """A record of one of these sets; those that are released for the leaderboard of TVQA have no answer."""
+    row = {"vid_name": video, "ts": f"{number}.10-9.75"}
+    if task in ("tvqa", "how2qa"):
+        choices = {f"a{k}": f"choice {k} . " for k in range(5 if task == "tvqa" else 4)}
+        answer = {} if split == "test_release" else {"answer_idx": number % len(choices)}
+        return {**row, "qid": number, "q": f"Why {number}?", **choices, **answer}
+    descs = [{"desc": f"Caption {k} of {number}.", "desc_id": k} for k in (0, 1)]
+    if task == "yc2c":
+        del row["ts"]
+    return {**row, "clip_id": f"clip{number}", "descs": descs}
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def glue_root(tmp_path_factory):
+    """All tasks of GLUE in the files of the official release."""
+    root = tmp_path_factory.mktemp("glue")
+    for folder, columns, labels in (
+        ("CoLA", "source label mark sentence", "01"),
+        ("SST-2", "sentence label", "01"),
+        ("MRPC", "Quality,#1 ID,#2 ID,#1 String,#2 String", "10"),
+        ("QQP", "id qid1 qid2 question1 question2 is_duplicate", "01"),
+        ("STS-B", "index genre sentence1 sentence2 score", "0.000 2.500 3.800 5.000"),
+        ("MNLI", "index pairID sentence1 sentence2 label1 gold_label", "neutral entailment contradiction"),
+        ("QNLI", "index question sentence label", "entailment not_entailment"),
+        ("RTE", "index sentence1 sentence2 label", "not_entailment entailment"),
+        ("WNLI", "index sentence1 sentence2 label", "01"),
+    ):
+        columns = columns.split("," if "," in columns else " ")
+        labels = labels.split() if " " in labels else list(labels)
+        (root / folder).mkdir()
+        parts = ("_matched", "_mismatched") if folder == "MNLI" else ("",)
+        for file, size in (("train", 12), *((f"{split}{part}", 6) for split in ("dev", "test") for part in parts)):
+            names = columns if not file.startswith("test") else [c for c in columns if c != hidden(folder)]
+            if folder == "CoLA" and file == "test":
+                names = ["index", "sentence"]
+            rows = [[cell(name, file, i, labels) for name in names] for i in range(size)]
+            bare = folder == "CoLA" and file != "test"
+            text = "".join("\t".join(row) + "\n" for row in ([] if bare else [names]) + rows)
+            (root / folder / f"{file}.tsv").write_text(text)
+    return root
+
+
+def hidden(folder):
+    return {"MRPC": "", "QQP": "is_duplicate", "STS-B": "score", "MNLI": "gold_label"}.get(folder, "label")
+
+
+def cell(column, file, number, labels):
+    if column in ("label", "Quality", "is_duplicate", "score", "gold_label"):
+        return labels[number % len(labels)]
+    return f'{column} "{number} of {file}'
