@@ -13,15 +13,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from fulgurite.metrics.caption_words import Tokenizer, caption_words, require_java, require_package
+from fulgurite.metrics.per_sample import PerSampleMetric
 
 Score = Literal["CIDEr", "BLEU", "ROUGE-L", "METEOR", "SPICE"]
 _WITHIN, _BETWEEN = "\x1f", "\x1e"  # between the texts of a sample, and behind each sample
 
 
-class CaptionScores(Metric):
+class CaptionScores(PerSampleMetric):
     """Scores of one caption per picture against all that people said of it, times 100.
 
     Args:
@@ -37,8 +37,6 @@ class CaptionScores(Metric):
         ValueError: no scores, or unknown ones.
     """
 
-    full_state_update = False
-    higher_is_better = True
     texts: list[Tensor]
 
     def __init__(self, scores: Sequence[Score] = ("CIDEr", "BLEU", "ROUGE-L"), tokenizer: Tokenizer = "plain") -> None:
@@ -57,7 +55,7 @@ class CaptionScores(Metric):
             _require_models()
         self.scores = tuple(scores)
         self.tokenizer: Tokenizer = tokenizer
-        self.add_state("texts", [], dist_reduce_fx="cat")
+        self.keep("texts", torch.uint8)
 
     def update(
         self, captions: Sequence[str], references: Sequence[Sequence[str]], counted: Tensor | None = None
@@ -80,8 +78,7 @@ class CaptionScores(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The scores by name; NaN where nothing was counted."""
-        parts = self.texts if isinstance(self.texts, list) else [self.texts]
-        packed = b"".join(bytes(part.cpu().tolist()) for part in parts).decode()
+        packed = bytes(self.joined("texts").tolist()).decode()
         samples = [sample.split(_WITHIN) for sample in packed.split(_BETWEEN)[:-1]]
         names = [name for score in self.scores for name in _names(score)]
         if not samples:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
 from torchmetrics.functional.regression import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.utilities import dim_zero_cat
+
+from fulgurite.metrics.per_sample import PerSampleMetric
 
 FIGURES = {
     "cola": ("matthews",),
@@ -25,7 +25,7 @@ FIGURES = {
 NO_LABEL = -1.0
 
 
-class GlueScores(Metric):
+class GlueScores(PerSampleMetric):
     """The figures of one task in per cent, over all samples of all ranks.
 
     Labels and scores come as texts or as numbers. A text that is none of the task is wrong: where there are two labels
@@ -41,8 +41,6 @@ class GlueScores(Metric):
         ValueError: there is no such task.
     """
 
-    full_state_update = False
-    higher_is_better = True
     predicted: list[Tensor]
     right: list[Tensor]
 
@@ -51,8 +49,8 @@ class GlueScores(Metric):
         if task not in FIGURES:
             raise ValueError(f"task={task!r}: choose one of {list(FIGURES)}")
         self.task = task
-        self.add_state("predicted", [], dist_reduce_fx="cat")
-        self.add_state("right", [], dist_reduce_fx="cat")
+        self.keep("predicted", torch.float64)
+        self.keep("right", torch.float64)
 
     def update(
         self, predicted: Sequence[str] | Tensor, right: Sequence[str] | Tensor, counted: Tensor | None = None
@@ -71,7 +69,7 @@ class GlueScores(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures by name, and ``average``, their mean; NaN where nothing was counted."""
-        values, truth = _joined(self.predicted), _joined(self.right)
+        values, truth = self.joined("predicted"), self.joined("right")
         figures = {name: 100 * self._figure(name, values, truth) for name in FIGURES[self.task]}
         return {**figures, "average": torch.stack(list(figures.values())).mean()}
 
@@ -94,10 +92,6 @@ class GlueScores(Metric):
         if isinstance(values, Tensor):
             return values.double().to(self.device)
         return torch.tensor([_number(value) for value in values], dtype=torch.float64, device=self.device)
-
-
-def _joined(state: list[Tensor] | Tensor) -> Tensor:
-    return dim_zero_cat(state) if len(state) else torch.zeros(0, dtype=torch.float64)
 
 
 def _number(text: str) -> float:
