@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class FrozenBackbone(nn.Module, ABC):
 
     Attributes:
         derived: names of the buffers that are computed from the weights, and so change with them.
+        never_tuned: patterns of parameters that full fine-tuning leaves frozen.
 
     Args:
         train_dropout: ``"official"`` keeps the pretrained model's dropout active while training, as the
@@ -47,6 +49,7 @@ class FrozenBackbone(nn.Module, ABC):
     spec: ModelSpec
     source: str
     derived: tuple[str, ...] = ()
+    never_tuned: tuple[str, ...] = ()
 
     def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
         super().__init__()
@@ -56,6 +59,24 @@ class FrozenBackbone(nn.Module, ABC):
         """No gradients anywhere, evaluation mode."""
         self.requires_grad_(False)
         self.train(False)
+
+    def unfreeze(self, never: Sequence[str] | None = None) -> None:
+        """Let everything train but the parameters whose names a pattern of ``never`` matches in full.
+
+        Args:
+            never: None takes `never_tuned`.
+
+        Raises:
+            LookupError: a pattern matches no parameter.
+        """
+        patterns, found = self.never_tuned if never is None else never, set()
+        for name, parameter in self.named_parameters():
+            matching = {pattern for pattern in patterns if re.fullmatch(pattern, name)}
+            found |= matching
+            parameter.requires_grad_(not matching)
+        unused = [pattern for pattern in patterns if pattern not in found]
+        if unused:
+            raise LookupError(f"model.init_args.frozen: {unused} match no parameter of the backbone")
 
     def train(self, mode: bool = True) -> FrozenBackbone:
         """Switch dropout on only where ``train_dropout`` asks for it."""

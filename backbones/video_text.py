@@ -14,7 +14,6 @@ Legend: T texts, V videos, W words, F frames, S side in pixels, N tokens of a fr
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -25,13 +24,7 @@ from fulgurite.samples import Batch, Sample
 
 
 class VideoTextBackbone(FrozenBackbone):
-    """A dual encoder of frames and captions that gives every token of both towers.
-
-    Attributes:
-        never_tuned: patterns of parameters that the published full fine-tuning leaves frozen.
-    """
-
-    never_tuned: tuple[str, ...] = ()
+    """A dual encoder of frames and captions that gives every token of both towers."""
 
     @property
     @abstractmethod
@@ -65,21 +58,3 @@ class VideoTextBackbone(FrozenBackbone):
     @abstractmethod
     def tower_facts(self) -> TowerFacts:
         """What a head is built by."""
-
-    def unfreeze(self, never: Sequence[str] | None = None) -> None:
-        """Let everything train but the parameters whose names a pattern of ``never`` matches in full.
-
-        Args:
-            never: None takes `never_tuned`.
-
-        Raises:
-            LookupError: a pattern matches no parameter.
-        """
-        patterns, found = self.never_tuned if never is None else never, set()
-        for name, parameter in self.named_parameters():
-            matching = {pattern for pattern in patterns if re.fullmatch(pattern, name)}
-            found |= matching
-            parameter.requires_grad_(not matching)
-        unused = [pattern for pattern in patterns if pattern not in found]
-        if unused:
-            raise LookupError(f"model.init_args.frozen: {unused} match no parameter of the backbone")

@@ -2,7 +2,8 @@
 
 Which sets there are, when a stage begins, and what a checkpoint holds: the *delta* of what trains, over a backbone that
 is named by its digest. Once the backbone's weights are no longer those that its source has, as those of a pruned model,
-the module is *self-contained*: its checkpoints hold them too, and what is derived from them.
+the module is *self-contained*: its checkpoints hold them too, and what is derived from them. So it is from the start
+where the backbone itself trains.
 """
 
 from __future__ import annotations
@@ -44,16 +45,20 @@ BACKBONE_DIGEST = "backbone_digest"
 
 
 class AdaptedModule(pl.LightningModule, ABC):
-    """One live adapter set, a copy of it before training, and the sets that a subclass adds.
+    """One live adapter set, a copy of it before training, and the sets that a subclass adds; or a whole backbone.
 
     A subclass says what a batch is for (the steps), and in `build` what else depends on the data.
 
     Args:
         backbone: frozen pretrained model.
-        adapters: what trains, and where.
+        adapters: what trains beside the frozen backbone, and where; None trains the backbone itself.
         optimizer: builds the optimizer from parameter groups; None is AdamW. Of another class all options are its own.
         schedule: learning-rate factor within a stage; every stage starts it afresh.
         param_groups: tensors with their own learning rate; the rest uses the optimizer's.
+        frozen: patterns of the backbone's parameters that do not train without adapters; None takes its own.
+
+    Raises:
+        ValueError: nothing would train, or ``frozen`` is given with adapters.
     """
 
     saved_parts: tuple[str, ...] = ("bank",)
@@ -63,17 +68,24 @@ class AdaptedModule(pl.LightningModule, ABC):
     def __init__(
         self,
         backbone: FrozenBackbone,
-        adapters: list[Placement],
+        adapters: list[Placement] | None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
+        frozen: list[str] | None = None,
     ) -> None:
+        if adapters is not None and not adapters:
+            raise ValueError("model.init_args.adapters is empty: name placements, or null to train the backbone itself")
+        if adapters is not None and frozen is not None:
+            raise ValueError("model.init_args.frozen is for training the backbone itself: leave it or adapters out")
         super().__init__()
         self.backbone = backbone
-        self.bank = AdapterBank(backbone, adapters)
+        self.bank = AdapterBank(backbone, adapters or [])
+        self.tuned = self.self_contained = adapters is None
+        if self.tuned:
+            backbone.unfreeze(frozen)
         self.optimizer, self.schedule = optimizer or torch.optim.AdamW, schedule or WarmupLinear()
         self.param_groups = param_groups or []
-        self.self_contained = False
         self.info: DataInfo | None = None
         self.data_info: DataInfo | None = None
         self.stages: tuple[Stage, ...] = ()
@@ -139,7 +151,10 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.self_contained = True
 
     def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a new run takes from a checkpoint's tensors: its live set, as the start of this run's sets."""
+        """What a new run takes from a checkpoint's tensors: its live set, as the start of this run's sets; all of them
+        where the backbone itself trains."""
+        if self.tuned:
+            return dict(tensors)
         live = {n: t for n, t in tensors.items() if n.startswith("bank.sets.live.")}
         return {**live, **{n.replace(".live.", f".{INITIAL}.", 1): t for n, t in live.items()}}
 
@@ -197,14 +212,18 @@ class AdaptedModule(pl.LightningModule, ABC):
         """What happens to the live set between two stages: here it simply goes on."""
 
     def on_fit_start(self) -> None:
-        """Epochs beyond the last stage do not exist."""
+        """Epochs beyond the last stage do not exist. Lightning leaves the mode of training to the module."""
+        self.train()
         total, asked = sum(s.epochs for s in self.stages), self.trainer.max_epochs
         if asked is None or asked < 0 or asked > total:
             self.trainer.fit_loop.max_epochs = total
 
     def trained(self) -> dict[str, Tensor]:
-        """What the optimizer gets, by the names that `ParamGroup` patterns are searched in: the live set alone."""
-        return dict(self.bank.sets["live"].named_parameters())
+        """What the optimizer gets, by the names that `ParamGroup` patterns are searched in: the live set, or
+        ``backbone...`` of what trains there."""
+        if not self.tuned:
+            return dict(self.bank.sets["live"].named_parameters())
+        return {f"{BACKBONE}{name}": p for name, p in self.backbone.named_parameters() if p.requires_grad}
 
     def configure_optimizers(self) -> Any:
         """`trained`, with one schedule over the global step restarted at every stage."""

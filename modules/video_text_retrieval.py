@@ -89,10 +89,6 @@ class VideoTextRetrieval(AdaptedModule):
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
-        if adapters is not None and not adapters:
-            raise ValueError("model.init_args.adapters is empty: name placements, or null to train the backbone itself")
-        if adapters is not None and frozen is not None:
-            raise ValueError("model.init_args.frozen is for training the backbone itself: leave it or adapters out")
         normalize = normalize or ["text_to_video", "video_to_text"]
         if min(bank_texts, bank_videos) < 1:
             raise ValueError(
@@ -110,7 +106,7 @@ class VideoTextRetrieval(AdaptedModule):
                     f"the backbone gives {given} {name}, and the head is made for at most {most}: raise "
                     f"model.init_args.head.init_args.max_{name}, or lower that of the backbone"
                 )
-        super().__init__(backbone, adapters or [], optimizer, schedule, param_groups)
+        super().__init__(backbone, adapters, optimizer, schedule, param_groups, frozen)
         self.head = head
         self.head.build(backbone.tower_facts())
         if checkpoint is not None and not filled_later():
@@ -118,9 +114,6 @@ class VideoTextRetrieval(AdaptedModule):
 
             load_retrieval_checkpoint(checkpoint, backbone, head)
         self.head.requires_grad_(train_head)
-        self.tuned = self.self_contained = adapters is None
-        if self.tuned:
-            backbone.unfreeze(frozen)
         self.loss = loss or SymmetricCrossEntropy()
         self.selection_seed = selection_seed
         self.normalizer = None if isinstance(normalizer, NoNormalizer) else normalizer
@@ -148,27 +141,14 @@ class VideoTextRetrieval(AdaptedModule):
                 register_fsdp_forward_method(self, name)
 
     def trained(self) -> dict[str, Tensor]:
-        """The head and the live set, or the backbone's own parameters."""
-        parts = {"head": self.head, "backbone": self.backbone}
-        named = {
-            f"{part}.{name}": tensor
-            for part, module in parts.items()
-            for name, tensor in module.named_parameters()
-            if tensor.requires_grad
-        }
-        return named if self.tuned else {**super().trained(), **named}
+        """As in the base, and ``head...``."""
+        head = {f"head.{name}": p for name, p in self.head.named_parameters() if p.requires_grad}
+        return {**super().trained(), **head}
 
     def initial_weights(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """As in the base, and the head; all weights of a model that was trained as a whole."""
-        if self.tuned:
-            return dict(tensors)
+        """As in the base, and the head."""
         head = {name: tensor for name, tensor in tensors.items() if name.startswith("head.")}
         return {**super().initial_weights(tensors), **head}
-
-    def on_fit_start(self) -> None:
-        """As in the base; the backbone is put into the mode of training, in which Lightning does not put it."""
-        super().on_fit_start()
-        self.train()
 
     def embed(self, batch: Batch, seeds: Sequence[int] | None = None) -> Embedded:
         """What is compared of the captions and of the videos of a batch."""
