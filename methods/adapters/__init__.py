@@ -3,4 +3,4 @@
 `bank.AdapterBank` owns named sets; a kind is one file with one `base.Adapter` subclass.
 """
 
-__all__ = ["bank", "base", "bottleneck", "delta", "lora", "mixing", "peft_format", "replace", "report"]
+__all__ = ["bank", "base", "bottleneck", "delta", "lora", "mixing", "peft_format", "replace", "report", "soft_prompt"]
