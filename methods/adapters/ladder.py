@@ -73,7 +73,8 @@ class LadderSide(Spanning):
 
     Its sites are, by the names of their points: ``embedded``, the slots before each stack; ``read_out``, the slot
     after the last one; and any others, the blocks of all stacks. Without ``embedded`` a stack starts from what its
-    first block is given; without ``read_out`` the ladder's output takes the place of the last block's. The encoder's
+    first block is given; without ``read_out`` the ladder gives U drop(s) in place of the last block's output, which
+    the backbone's own norm follows. The point ``read_out`` of a model without slots is its last norm. The encoder's
     final side states stay with the adapter, per thread, until the next pass, so that a decoder can run many times.
 
     Args:
@@ -87,8 +88,10 @@ class LadderSide(Spanning):
         add_residual_after: run the side block first and mix after it.
         merge_last: give g U s + (1 - g) h with the backbone's last state h and a gate g as above.
         ladder_inputs: ``"text"`` lets the backbone see the text alone, as published, while the side sees all.
-        init: side blocks start as pruned blocks by the weights' magnitude (`ladder_start.copy_pruned` prunes by any
-            importance), or ``"random"``.
+        init: ``"magnitude"`` starts side blocks as blocks pruned by their weights; ``"fisher"``, as published, so too
+            until `ladder_start.copy_pruned` is given the squared gradients; ``"random"`` as PyTorch starts layers.
+        samples: training samples that ``"fisher"`` asks for.
+        seed: of their choice.
         unit_order: of the kept units, see `ladder_selection.kept_units`.
         rule: ``"heads"`` prunes whole heads first.
         residual: ``"per_layer"`` lets each layer choose anew what it writes into the residual stream, as published;
@@ -114,7 +117,9 @@ class LadderSide(Spanning):
         add_residual_after: bool = False,
         merge_last: bool = False,
         ladder_inputs: Literal["text", "text_and_vision"] = "text",
-        init: Literal["magnitude", "random"] = "magnitude",
+        init: Literal["magnitude", "fisher", "random"] = "magnitude",
+        samples: int = 1024,
+        seed: int = 0,
         unit_order: UnitOrder = "ascending",
         rule: Rule = "units",
         residual: Residual = "per_layer",
@@ -122,7 +127,8 @@ class LadderSide(Spanning):
     ) -> None:
         super().__init__()
         self.gate, self.temperature, self.epochs = gate, temperature, epochs
-        self.add_residual_after, self.ladder_inputs, self.init = add_residual_after, ladder_inputs, init
+        self.add_residual_after, self.ladder_inputs = add_residual_after, ladder_inputs
+        self.init, self.samples, self.seed = init, samples, seed
         self.unit_order, self.rule, self.residual = unit_order, rule, residual
         self.roles, stacks = _roles(sites)
         self.block_names = [[site.name for site in stack] for stack in stacks]
@@ -136,6 +142,8 @@ class LadderSide(Spanning):
             SideStack(make(stack[0].module), len(stack), numbers, reduction, gate)
             for stack, numbers in zip(stacks, kept)
         )
+        if not self.ends_at_slot:
+            self.stacks[-1].norm = nn.Identity()
         last = self.stacks[-1].family.width
         self.up = nn.Linear(last // reduction, last)
         self.merge_gate = nn.Parameter(torch.zeros(())) if merge_last else None
@@ -152,7 +160,7 @@ class LadderSide(Spanning):
         reset_module(self.up, generator)
         if self.merge_gate is not None:
             self.merge_gate.zero_()
-        if self.init == "magnitude" and not any(p.is_meta for b in self._blocks for p in b[0].parameters()):
+        if self.init != "random" and not any(p.is_meta for b in self._blocks for p in b[0].parameters()):
             load_pruned(self.stacks, self.sources(), self.unit_order, self.rule, self.residual)
 
     def sources(self) -> list[StackSource]:
