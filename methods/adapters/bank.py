@@ -160,8 +160,9 @@ class AdapterBank(nn.Module):
     @torch.no_grad()
     def copy(self, source: str, target: str) -> None:
         """Copy the values of one set into another, in place. Under FSDP2, reshard the adapters before."""
-        for to, of in zip(self.parameters_of(target), self.parameters_of(source), strict=True):
-            to.copy_(of)
+        to, of = self._set(target), self._set(source)
+        for own, other in zip((*to.parameters(), *to.buffers()), (*of.parameters(), *of.buffers()), strict=True):
+            own.copy_(other)
 
     @torch.no_grad()
     def load_sites(self, name: str, sites: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -54,7 +54,8 @@ def fold(bank: AdapterBank, model: nn.Module, weights: Mapping[str, float], site
         except FoldError as error:
             refused.setdefault(str(error), []).append(place.name)
             continue
-        out |= {f"{place.name}.{tensor}": value for tensor, value in tensors.items()}
+        prefix = f"{place.name}." if place.name else ""  # the model itself may be a site
+        out |= {prefix + tensor: value for tensor, value in tensors.items()}
     if refused:
         lines = [f"{why}: {sites[0]} and {len(set(sites)) - 1} more" for why, sites in refused.items()]
         raise FoldError("; ".join(lines))
