@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.backbones.base import FrozenBackbone
 from fulgurite.samples import Batch, DataError
+
+if TYPE_CHECKING:
+    from fulgurite.backbones.generation_collator import VisualInput
 
 IGNORED = -100  # what a target holds where there is no token
 
@@ -59,6 +62,15 @@ class GenerativeBackbone(FrozenBackbone):
         if max_length is not None:
             tokens = [cut_ids(ids, max_length) for ids in tokens]
         return {"targets": padded(tokens, IGNORED)}
+
+
+@torch.no_grad()
+def encoded_pictures(encoder: nn.Module, visual: VisualInput, pixels: Tensor, real: Tensor) -> Tensor:
+    """Features (B, V, f) of the pictures (K, 3, S, S) of all samples in their order, at the places ``real`` (B, V)."""
+    grids = visual.pooled(encoder(pixels))
+    out = grids.new_zeros(*real.shape, grids.shape[-1])
+    out[real] = grids.flatten(0, 1)
+    return out
 
 
 def cut_ids(ids: list[int], limit: int) -> list[int]:

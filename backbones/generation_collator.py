@@ -69,17 +69,24 @@ class GenerationCollator:
         visual: what is read of pictures; None reads text alone.
         max_tokens: longest text.
         long_text: what happens to a longer one.
+        template: text around the question, which takes the place of ``{}``.
     """
 
     def __init__(
-        self, tokenizer: Any, visual: VisualInput | None, max_tokens: int, long_text: Literal["error", "cut"]
+        self,
+        tokenizer: Any,
+        visual: VisualInput | None,
+        max_tokens: int,
+        long_text: Literal["error", "cut"],
+        template: str = "{}",
     ) -> None:
         self.tokenizer, self.visual, self.max_tokens, self.long_text = tokenizer, visual, max_tokens, long_text
+        self.template = template
         self.needs = ("question",) if visual is None else ("question", visual.needs)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch. Raises DataError naming a sample that does not fit."""
-        texts = [sample.question or "" for sample in samples]
+        texts = [self.template.replace("{}", sample.question or "") for sample in samples]
         cut = self.long_text == "cut"
         batch = sample_fields(samples)
         batch.update(text_batch(self.tokenizer, texts, self.max_tokens, cut, [sample.id for sample in samples]))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.backbones.frames import FrameEncoder
-from fulgurite.backbones.generation import GenerativeBackbone
+from fulgurite.backbones.generation import GenerativeBackbone, encoded_pictures
 from fulgurite.backbones.generation_collator import GenerationCollator, VisualInput
 from fulgurite.backbones.slots import Slot, call_after, call_before
 from fulgurite.backbones.sources import resolve_source
@@ -239,17 +239,12 @@ class VisionLanguageSeq2Seq(GenerativeBackbone):
             return None, None
         picture = batch["picture"]
         real = picture >= 0
-        features = batch["features"] if "features" in batch else self._encoded(batch["pixels"], real)
+        if "features" in batch:
+            features = batch["features"]
+        else:
+            features = encoded_pictures(self.encoder, self.visual, batch["pixels"], real)
         order = batch["order"] if "order" in batch else orders_of(picture)
         return self.visual_embedding(features, picture.clamp(min=0), order, self.token_table), real
-
-    @torch.no_grad()
-    def _encoded(self, pixels: Tensor, real: Tensor) -> Tensor:
-        """(B, V, f) of the pictures (K, 3, S, S) of all samples, in their order."""
-        grids = self.visual.pooled(self.encoder(pixels))
-        out = grids.new_zeros(*real.shape, grids.shape[-1])
-        out[real] = grids.flatten(0, 1)
-        return out
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """States of the encoder (B, S, D) and the mask (B, S) of the real ones."""

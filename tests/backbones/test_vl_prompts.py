@@ -106,6 +106,18 @@ def test_beams_after_prompts_are_at_least_as_likely(model):
     assert score(5) >= score(1)
 
 
+def test_beams_of_a_sample_keep_its_prompts(model):
+    bank, batch = prompted(model, "encoder_prompt", "decoder_prompt"), batch_of()
+    alone = []
+    for row, name in enumerate(("b", "a")):
+        with bank.use(name):
+            alone.append(model.generate_ids({n: t[row : row + 1] for n, t in batch.items()}, 3, 4)[0].tolist())
+    with bank.use(torch.tensor([1, 0])):
+        together = model.generate_ids(batch, 3, 4).tolist()
+    assert alone[0] != alone[1]
+    assert [row[: len(one)] for row, one in zip(together, alone)] == alone
+
+
 @pytest.mark.parametrize("point", ["encoder_prompt", "decoder_prompt"])
 def test_sets_are_chosen_and_mixed_per_sample(model, point):
     bank, batch = prompted(model, point), batch_of()
