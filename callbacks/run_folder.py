@@ -19,7 +19,6 @@ from fulgurite.callbacks.gather import gather_rows
 from fulgurite.checkpoints import write_json, write_text
 from fulgurite.checkpoints.structure import MODULES
 from fulgurite.datamodules.base import FulguriteDataModule
-from fulgurite.modules.adapted import AdaptedModule
 from fulgurite.samples import Sample
 
 
@@ -65,17 +64,6 @@ class RunFolder(Callback):
         """Start from the metrics of the run that is resumed; one that is complete logs none again."""
         if trainer.state.fn == "fit":
             self.metrics.update(checkpoint.get(METRICS_KEY, {}))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what trains."""
-        if isinstance(pl_module, AdaptedModule) and pl_module.bank.sites:
-            rank_zero_info(str(pl_module.bank.report()))
-            others = len(pl_module.trained()) - len(pl_module.bank.parameters_of(pl_module.bank.live))
-            if not others:
-                return
-        total = sum(parameter.numel() for parameter in pl_module.parameters())
-        trained = sum(parameter.numel() for parameter in pl_module.parameters() if parameter.requires_grad)
-        rank_zero_info(f"{trained:,} of {total:,} parameters train ({trained / max(total, 1):.2%})")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the final metrics of the training."""

@@ -222,13 +222,14 @@ class TrainCLI(LightningCLI):
         # Not needed to parse or to show the help.
         from fulgurite.callbacks.adapter_files import AdapterFolders
         from fulgurite.callbacks.boundary import Boundary
+        from fulgurite.callbacks.parameter_report import ParameterReport
         from fulgurite.callbacks.report import Report
         from fulgurite.commands.loading import load
 
         first: list[Callback] = [RandomStates(), AccumulatedGradients(), Interruption()]
         last = [Report(self.config.experiment)] if self.invocation.command != "predict" else []
         if self.invocation.command == "fit":
-            last += [RanksAgree(), FiniteCheck(self.config.non_finite), AdapterFolders()]
+            last += [RanksAgree(), FiniteCheck(self.config.non_finite), AdapterFolders(), ParameterReport()]
         theirs = {type(own): [c for c in users if isinstance(c, type(own))] for own in (*first, *last)}
         if any(isinstance(c, RunFolder) for c in users):
             raise ConfigError("trainer.callbacks: RunFolder is always there; leave it out, and set --run or --runs")
