@@ -123,6 +123,7 @@ def test_captions_are_trained_one_by_one_and_judged_together(picture_root):
     [
         ("vqa", "vqa/karpathy_train.json", lambda r: r[1].pop("question_id"), r"record 2: the key 'question_id'"),
         ("vqa", "vqa/karpathy_train.json", lambda r: r[1].update(sent=" "), r"record 2: the key 'sent'"),
+        ("vqa", "vqa/karpathy_train.json", lambda r: r[1].pop("label"), r"record 2: the key 'label'"),
         ("vqa", "vqa/karpathy_train.json", lambda r: r[1].update(label=["red"]), r"record 2: the key 'label'"),
         ("vqa", "vqa/karpathy_train.json", lambda r: r[1].update(label={"red": 3}), r"record 2: .*'red': 3"),
         ("vqa", "vqa/karpathy_train.json", lambda r: r[1].update(answer_type=5), r"record 2: 'answer_type'"),

@@ -8,17 +8,19 @@ import torch
 
 from fulgurite.metrics.glue import FIGURES, GlueScores
 
-RIGHT = [0, 1, 1, 0, 1, 0, 1, 1]
-SAID = ["0", "1", "0", "1", "1", "0", "yes", "2"]  # the last two are no labels of a binary task
+RIGHT = [0, 1, 1, 0, 1, 0, 1, 1, 0]
+SAID = ["0", "1", "0", "1", "1", "0", "yes", "2", ""]  # the last three are no labels of a binary task
 
 
 def test_f1_and_accuracy_count_what_is_no_label_as_wrong():
     scores = GlueScores("mrpc")
     scores.update(SAID, [str(label) for label in RIGHT])
-    # right positives: 1; said 1 where it is 0: 1; said 0 (or nothing) where it is 1: 3
-    assert scores.compute()["f1"].item() == pytest.approx(100 * 2 * 2 / (2 * 2 + 1 + 3))
-    assert scores.compute()["accuracy"].item() == pytest.approx(100 * 4 / 8)
-    assert scores.compute()["average"].item() == pytest.approx(50)
+    f1 = (
+        100 * 2 * 2 / (2 * 2 + 2 + 3)
+    )  # two rightly 1; two wrongly 1, one of them no label; three wrongly 0, two no label
+    assert scores.compute()["f1"].item() == pytest.approx(f1)
+    assert scores.compute()["accuracy"].item() == pytest.approx(100 * 4 / 9)
+    assert scores.compute()["average"].item() == pytest.approx((f1 + 400 / 9) / 2)
 
 
 def test_matthews_is_the_correlation_of_two_binary_columns():
