@@ -3,4 +3,26 @@
 `bank.AdapterBank` owns named sets; a kind is one file with one `base.Adapter` subclass.
 """
 
-__all__ = ["bank", "base", "bottleneck", "delta", "lora", "mixing", "peft_format", "replace", "report", "soft_prompt"]
+__all__ = [
+    "bank",
+    "base",
+    "bias",
+    "bottleneck",
+    "compacter",
+    "delta",
+    "down_up",
+    "folding",
+    "hyperformer",
+    "ia3",
+    "lora",
+    "low_rank",
+    "mixing",
+    "peft_format",
+    "per_task",
+    "places",
+    "replace",
+    "report",
+    "sharing",
+    "soft_prompt",
+    "tasks",
+]

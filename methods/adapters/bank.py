@@ -82,7 +82,7 @@ class AdapterBank(nn.Module):
         live = self._set(LIVE)
         check_meetings(self._places, live)
         for place in self._places:
-            if place.index is not None and hasattr(live[place.key], "before"):
+            if hasattr(live[place.key], "before"):
                 place.module.register_forward_pre_hook(functools.partial(self._prepare, place), with_kwargs=True)
             place.module.register_forward_hook(functools.partial(self._adapt, place), with_kwargs=True)
 
@@ -250,13 +250,14 @@ class AdapterBank(nn.Module):
     def _prepare(self, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook of a place whose kind defines ``before``."""
         chosen = _ACTIVE.get().get(id(self), _Selection(LIVE))
-        name = chosen.name
-        if chosen.mixture is not None:
-            kind = type(self.sets[chosen.sets[0]][place.key])
-            if not chosen.mixture.is_one_hot:
-                raise ValueError(f"{kind.__name__} changes what {place.name!r} is called with, which cannot be mixed")
-            name = chosen.sets[kind.only(chosen.mixture)]
-        return None if name is None else self.sets[name][place.key].before(place.index, args, kwargs)
+        call = (args, kwargs) if place.index is None else (place.index, args, kwargs)
+        if chosen.name is not None:
+            return self.sets[chosen.name][place.key].before(*call)
+        if chosen.mixture is None:
+            return None
+        experts = [self.sets[name][place.key] for name in chosen.sets]
+        with _gathered(experts):
+            return type(experts[0]).mix_before(experts, chosen.mixture, *call)
 
     def _adapt(self, place: Place, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
         """The forward hook of a place."""

@@ -25,6 +25,10 @@ class Adapter(nn.Module, ABC):
     A subclass says by `verb` what it does to the site: ``transform`` its output, ``reparametrize`` its
     weight, or ``replace`` the module. A fresh adapter leaves the backbone's output as it is, unless its
     docstring says otherwise.
+
+    One that changes what enters the site defines ``before(args, kwargs)``, which is called with the arguments of the
+    site's call and gives those to call it with instead, or None, and the class method ``mix_before(experts, mixture,
+    args, kwargs)`` for sets that are mixed or chosen per sample.
     """
 
     verb: ClassVar[Verb]
@@ -49,6 +53,20 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """New output of the site from its input ``x`` and its own output ``y``."""
 
+    def part(self, name: str) -> nn.Module:
+        """The submodule ``name``, e.g. ``"down"``. Raises `ValueError` that lists what there is."""
+        if name not in self._modules and not isinstance(self.__dict__.get(name), nn.Module):
+            raise ValueError(
+                f"{self.title} has no part {name!r} to share; it has {[n for n, _ in self.named_children()]}"
+            )
+        return getattr(self, name)
+
+    def adopt(self, name: str, module: nn.Module) -> None:
+        """Compute with another adapter's part ``name``, which stays that adapter's: it is stored there alone."""
+        self.part(name)
+        self._modules.pop(name, None)
+        self.__dict__[name] = module
+
     def folded(self, site: nn.Module) -> dict[str, Tensor]:
         """Tensors of ``site``, by their names in it, with which it computes alone what it computes with this adapter.
 
@@ -67,10 +85,7 @@ class Adapter(nn.Module, ABC):
         if len(mixture.groups) == 1:
             return experts[mixture.groups[0].experts[0]](x, y)
         parts = [experts[group.experts[0]](x[group.rows], y[group.rows]) for group in mixture.groups]
-        out = parts[0].new_empty(len(y), *parts[0].shape[1:])
-        for group, part in zip(mixture.groups, parts):
-            out[group.rows] = part
-        return out
+        return mixture.gather(parts, len(y))
 
 
 @dataclass(frozen=True)
@@ -86,9 +101,8 @@ class Spanning(Adapter):
     """One adapter for all sites of a placement; its first positional argument is their sequence of `SpanSite`.
 
     The sites come in the order of the placement's points, and at one point in that of the model. Modules of the
-    backbone that a subclass keeps must not become its submodules: keep them in a tuple. Where a subclass defines
-    ``before(index, args, kwargs)``, it is called with what the site is called with, and gives (args, kwargs) to call
-    it with instead, or None.
+    backbone that a subclass keeps must not become its submodules: keep them in a tuple. ``before`` and ``mix_before``
+    get the site's index before the arguments.
     """
 
     spans = True
@@ -116,6 +130,11 @@ class Spanning(Adapter):
         raise NotImplementedError(f"{cls.__name__} does not define mixing; select one set by name or by index")
 
     @classmethod
+    def mix_before(cls, experts: Sequence[Self], mixture: Mixture, index: int, args: Any, kwargs: Any) -> Any:
+        """What the site is called with; defined for one adapter for all samples."""
+        return experts[cls.only(mixture)].before(index, args, kwargs)
+
+    @classmethod
     def select(cls, experts: Sequence[Self], mixture: Mixture, index: int, args: Any, kwargs: Any, y: Any) -> Any:
         """Output at one site of one adapter per sample. Defined for one adapter for all samples."""
         return experts[cls.only(mixture)](index, args, kwargs, y)
@@ -123,7 +142,7 @@ class Spanning(Adapter):
     @classmethod
     def only(cls, mixture: Mixture) -> int:
         """The one expert of all samples of a one-hot mixture. Raises `ValueError` where there are several."""
-        if len(mixture.groups) > 1:
+        if not mixture.is_one_hot or len(mixture.groups) > 1:
             raise ValueError(f"{cls.__name__} cannot run another set for every sample; select one set by its name")
         return mixture.groups[0].experts[0]
 

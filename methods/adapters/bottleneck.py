@@ -1,27 +1,24 @@
-"""Bottleneck adapter (Houlsby et al., 2019, arXiv 1902.00751), placed as FrozenBiLM and DAM do.
+"""Bottleneck adapter (Houlsby et al., 2019, arXiv 1902.00751), placed as FrozenBiLM, DAM and VL-Adapter do.
 
     A(z) = z + s (U drop(act(D z + d)) + u)
 
-D is (dim / reduction, dim), U is (dim, dim / reduction).
+D is (dim / reduction, dim), U is (dim, dim / reduction). A parallel one (He et al., 2021, arXiv 2110.04366) reads the
+site's input x in place of its output z.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, Self
-
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from fulgurite.methods.adapters.base import Adapter, site_width
-from fulgurite.methods.adapters.mixing import Mixture, mixed_linear
-
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+from fulgurite.methods.adapters.base import site_width
+from fulgurite.methods.adapters.down_up import Activation, DownUp, Init, inner_width, input_width
 
 
-class Bottleneck(Adapter):
+class Bottleneck(DownUp):
     """A(z) = z + s * (U drop(act(D z + d)) + u) on the output z of a site.
+
+    Parameters: 2 D b + D + b for inner width b = D // reduction, and 2 D more for each norm.
 
     Args:
         dim: features that leave the site, or the site itself.
@@ -31,12 +28,14 @@ class Bottleneck(Adapter):
         activation: the non-linearity.
         init: ``"zero_up"`` starts with U = u = 0, the identity; ``"official"`` with N(0, 0.02) weights and
             zero biases, what the published code ends up with.
+        norm_before: a layer norm before D, within the residual.
+        norm_after: one after U. It would blow up a U of zeros at the first step, so that ``"zero_up"`` leaves
+            U as it is drawn and starts with the norm's weight at zero.
+        parallel: D reads the site's input, whose width it takes.
 
     Raises:
         ValueError: ``reduction`` leaves no inner unit.
     """
-
-    verb = "transform"
 
     def __init__(
         self,
@@ -44,19 +43,26 @@ class Bottleneck(Adapter):
         reduction: int = 8,
         scale: float = 1.0,
         dropout: float = 0.0,
-        activation: Literal["relu", "gelu"] = "relu",
-        init: Literal["zero_up", "official"] = "zero_up",
+        activation: Activation = "relu",
+        init: Init = "zero_up",
+        norm_before: bool = False,
+        norm_after: bool = False,
+        parallel: bool = False,
     ) -> None:
-        super().__init__()
-        dim = site_width(dim)
-        if not 1 <= reduction <= dim:
-            raise ValueError(f"reduction={reduction} leaves no inner unit of {dim}; take 1 to {dim}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not one of {sorted(ACTIVATIONS)}")
-        self.scale, self.dropout, self.init = scale, dropout, init
-        self.activation = ACTIVATIONS[activation]
-        self.down = nn.Linear(dim, dim // reduction)
-        self.up = nn.Linear(dim // reduction, dim)
+        width = site_width(dim)
+        enters = input_width(dim) if parallel else width
+        inner = inner_width(width, reduction)
+        super().__init__(
+            nn.Linear(enters, inner),
+            nn.Linear(inner, width),
+            scale,
+            dropout,
+            activation,
+            init,
+            enters if norm_before else None,
+            width if norm_after else None,
+            parallel,
+        )
         self.reset_parameters()
 
     @torch.no_grad()
@@ -64,25 +70,13 @@ class Bottleneck(Adapter):
         """D ~ N(0, 0.02); U is zero, or drawn like D for ``init="official"``; biases are zero."""
         self.down.weight.normal_(std=0.02, generator=generator)
         self.down.bias.zero_()
-        if self.init == "official":
+        if self.init == "official" or self.norm_after is not None:
             self.up.weight.normal_(std=0.02, generator=generator)
         else:
             self.up.weight.zero_()
         self.up.bias.zero_()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` (..., dim) -> (..., dim)."""
-        hidden = F.dropout(self.activation(self.down(y)), self.dropout, self.training)
-        return torch.add(y, self.up(hidden), alpha=self.scale)
-
-    @classmethod
-    def mix(cls, experts: Sequence[Self], mixture: Mixture, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` (B, ..., dim) -> (B, ..., dim). On CPU the extra memory stays below a plain adapter's."""
-        first = experts[0]
-        downs, ups = [e.down for e in experts], [e.up for e in experts]
-        hidden = mixed_linear(y, [d.weight for d in downs], [d.bias for d in downs], mixture)
-        hidden = F.dropout(first.activation(hidden), first.dropout, first.training)
-        change = mixed_linear(hidden, [u.weight for u in ups], [u.bias for u in ups], mixture)
-        if torch.is_grad_enabled() or change.dtype != y.dtype:
-            return torch.add(y, change, alpha=first.scale)
-        return torch.add(y, change, alpha=first.scale, out=change)
+        for norm in (self.norm_before, self.norm_after):
+            if norm is not None:
+                norm.reset_parameters()
+        if self.init == "zero_up" and self.norm_after is not None:
+            self.norm_after.weight.zero_()

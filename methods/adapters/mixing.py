@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -88,6 +88,13 @@ class Mixture:
         averages = shares @ torch.stack([vectors[i].to(shares.dtype) for i in self.used])
         return averages.to(like.dtype).view(len(averages), *(1,) * (like.dim() - 2), -1)
 
+    def gather(self, parts: Sequence[Tensor], num_samples: int) -> Tensor:
+        """The results of all groups as rows of one batch, (B, ...)."""
+        out = parts[0].new_empty(num_samples, *parts[0].shape[1:])
+        for group, part in zip(self.groups, parts):
+            out[group.rows] = part
+        return out
+
     @classmethod
     def one_hot(cls, index: Tensor, num_experts: int) -> Mixture:
         """One expert per sample; ``index`` is (B,) long."""
@@ -137,6 +144,19 @@ def mixed_linear(
         with torch.autocast(x.device.type, enabled=False):
             out = (_batched if form == "batched" else _factored)(flat, weights, biases, shares)
     return out.reshape(*x.shape[:-1], out_features)
+
+
+def mixed_norm(x: Tensor, norms: Sequence[nn.LayerNorm | nn.RMSNorm], mixture: Mixture) -> Tensor:
+    """What norms over the last dimension with averaged weights and biases make of ``x`` (B, ..., N)."""
+    first = norms[0]
+    if isinstance(first, nn.LayerNorm):
+        scaled = F.layer_norm(x, first.normalized_shape, eps=first.eps)
+    else:
+        scaled = F.rms_norm(x, first.normalized_shape, eps=first.eps)
+    scaled = scaled * mixture.average([norm.weight for norm in norms], like=scaled)
+    if getattr(first, "bias", None) is None:
+        return scaled
+    return scaled + mixture.average([norm.bias for norm in norms], like=scaled)
 
 
 def pick_form(x: Tensor, out_features: int, mixture: Mixture) -> Form:

@@ -9,10 +9,9 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fulgurite.methods.adapters.base import Adapter
-from fulgurite.methods.adapters.mixing import Mixture, mixed_linear
+from fulgurite.methods.adapters.mixing import Mixture, mixed_linear, mixed_norm
 
 
 class Replace(Adapter):
@@ -58,15 +57,10 @@ class Replace(Adapter):
         first = modules[0]
         if not experts[0].mixes:
             return super().mix(experts, mixture, x, y)
-        biases = None if getattr(first, "bias", None) is None else [m.bias for m in modules]
         if isinstance(first, nn.Linear):
+            biases = None if first.bias is None else [m.bias for m in modules]
             return mixed_linear(x, [m.weight for m in modules], biases, mixture)
-        if isinstance(first, nn.LayerNorm):
-            scaled = F.layer_norm(x, first.normalized_shape, eps=first.eps)
-        else:
-            scaled = F.rms_norm(x, first.normalized_shape, eps=first.eps)
-        scaled = scaled * mixture.average([m.weight for m in modules], like=scaled)
-        return scaled if biases is None else scaled + mixture.average(biases, like=scaled)
+        return mixed_norm(x, modules, mixture)
 
 
 def bare_copy(site: nn.Module) -> nn.Module:

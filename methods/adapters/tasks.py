@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ def current_tasks() -> Tensor | None:
     return None if tasks is None else tasks.index
 
 
-def grouped_by_task(tasks: Sequence[str], rows: Tensor) -> Mixture:
-    """The rows of a site's output by their task: a one-hot mixture over ``tasks``.
+def rows_by_task(tasks: Sequence[str], rows: Tensor) -> Tensor:
+    """The task of every row of a site's output.
 
     Args:
         tasks: names that the index counts through.
@@ -63,19 +63,45 @@ def grouped_by_task(tasks: Sequence[str], rows: Tensor) -> Mixture:
     Raises:
         ValueError: no `tasks_of` is active, or its index does not fit the tasks or the rows.
     """
-    current = _CURRENT.get()
-    if current is None:
+    index = current_tasks()
+    if index is None:
         raise ValueError(
             f"adapters of the tasks {list(tasks)} need to know the task of each sample; run the model inside "
             "`with tasks_of(index)`"
         )
+    if len(rows) % len(index):
+        raise ValueError(f"{len(index)} tasks were given for {len(rows)} rows, which is no multiple of them")
+    if not 0 <= int(index.min()) <= int(index.max()) < len(tasks):
+        raise ValueError(f"a task's index lies outside 0 to {len(tasks) - 1}; the tasks are {list(tasks)}")
+    return index.repeat_interleave(len(rows) // len(index)).to(rows.device)
+
+
+def grouped_by_task(tasks: Sequence[str], rows: Tensor) -> Mixture:
+    """`rows_by_task` as a one-hot mixture over ``tasks``, made once per batch for all sites."""
+    current = _CURRENT.get()
     key = (len(tasks), len(rows), rows.device)
-    if key not in current.groupings:
-        index = current.index
-        if len(rows) % len(index):
-            raise ValueError(f"{len(index)} tasks were given for {len(rows)} rows, which is no multiple of them")
-        if not 0 <= int(index.min()) <= int(index.max()) < len(tasks):
-            raise ValueError(f"a task's index lies outside 0 to {len(tasks) - 1}; the tasks are {list(tasks)}")
-        index = index.repeat_interleave(len(rows) // len(index))
-        current.groupings[key] = Mixture.one_hot(index.to(rows.device), len(tasks))
+    if current is None or key not in current.groupings:
+        mixture = Mixture.one_hot(rows_by_task(tasks, rows), len(tasks))
+        current.groupings[key] = mixture
     return current.groupings[key]
+
+
+def select_sets(
+    tasks: Sequence[str], mixture: Mixture, rows: Tensor, run: Callable[[int, slice | Tensor], Tensor]
+) -> Tensor:
+    """Every row by its set, where sets route by task themselves.
+
+    Args:
+        tasks: names that the index counts through.
+        mixture: the rows by their set, one-hot.
+        rows: as for `rows_by_task`.
+        run: gives what a set, by its number, makes of some rows; it sees their tasks alone.
+    """
+    if len(mixture.groups) == 1:
+        return run(mixture.groups[0].experts[0], slice(None))
+    index = rows_by_task(tasks, rows)
+    parts = []
+    for group in mixture.groups:
+        with tasks_of(index[group.rows]):
+            parts.append(run(group.experts[0], group.rows))
+    return mixture.gather(parts, len(rows))

@@ -10,16 +10,56 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.adapters.bias import Bias
 from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.compacter import Compacter, PHMLinear
 from fulgurite.methods.adapters.delta import WeightDelta
+from fulgurite.methods.adapters.hyperformer import Hyperformer
+from fulgurite.methods.adapters.ia3 import IA3, IA3Input
 from fulgurite.methods.adapters.lora import LoRA
+from fulgurite.methods.adapters.low_rank import LowRankAdapter
+from fulgurite.methods.adapters.per_task import PerTask
 from fulgurite.methods.adapters.replace import Replace
+from fulgurite.methods.adapters.sharing import Shared
+from fulgurite.methods.adapters.tasks import tasks_of
 from fulgurite.methods.structure import ModelSpec
+
+TASKS = ["a", "b"]
+normed = partial(Bottleneck, reduction=2, norm_before=True, norm_after=True)
+compacter = partial(Compacter, reduction=3, division=2)
 
 # name -> (kind, point of `Toy`)
 ALL_KINDS = {
     "bottleneck": (partial(Bottleneck, reduction=3), "linear"),
     "bottleneck_gelu_scaled": (partial(Bottleneck, reduction=2, scale=0.5, activation="gelu"), "linear"),
+    "bottleneck_gelu_new_normed": (partial(normed, activation="gelu_new"), "linear"),
+    "bottleneck_parallel": (partial(Bottleneck, reduction=2, parallel=True, norm_before=True), "linear"),
+    "compacter": (compacter, "linear"),
+    "compacter_factorized": (partial(compacter, rank=2, one_rule=True), "linear"),
+    "low_rank": (partial(LowRankAdapter, reduction=3, rank=2), "linear"),
+    "hyperformer": (partial(Hyperformer, tasks=TASKS, reduction=3, embedding=6, hidden=5, projected=4), "equal_widths"),
+    "ia3": (IA3, "linear"),
+    "ia3_input": (IA3Input, "linear"),
+    "bias_linear": (Bias, "linear"),
+    "bias_norm": (Bias, "norm"),
+    "bias_conv": (Bias, "conv"),
+    "per_task": (partial(PerTask, kind=partial(Bottleneck, reduction=3), tasks=TASKS), "linear"),
+    "per_task_half_shared": (partial(PerTask, kind=normed, tasks=TASKS, shared=["up", "norm_before"]), "linear"),
+    "per_task_lora": (partial(PerTask, kind=partial(LoRA, rank=2), tasks=TASKS), "linear"),
+    "per_task_compacter": (
+        partial(PerTask, kind=partial(compacter, one_rule=True), tasks=TASKS, shared=["rule"]),
+        "linear",
+    ),
+    "per_task_replace": (partial(PerTask, kind=Replace, tasks=TASKS), "norm"),
+    "shared_compacter": (partial(Shared, kind=partial(compacter, one_rule=True), parts=["rule"]), "linear"),
+    "shared_per_task": (
+        partial(
+            Shared,
+            kind=partial(PerTask, kind=partial(compacter, one_rule=True), tasks=TASKS, shared=["rule"]),
+            parts=["rule"],
+        ),
+        "linear",
+    ),
     "lora": (partial(LoRA, rank=3), "linear"),
     "rslora": (partial(LoRA, rank=3, rslora=True, alpha=2.0), "linear"),
     "delta": (WeightDelta, "linear"),
@@ -28,25 +68,32 @@ ALL_KINDS = {
     "replace_rms_norm": (Replace, "rms"),
     "replace_conv": (Replace, "conv"),
 }
-MIXING = [name for name in ALL_KINDS if name != "replace_conv"]
+MIXING = [name for name in ALL_KINDS if name not in ("replace_conv", "hyperformer")]
 SETS = ["a", "b", "c"]
 B, S, D = 6, 5, 12
 
 
+def task_of(x: Tensor) -> Tensor:
+    """A sample's task by its first values: x (B, S, D) -> (B,)."""
+    return (x[:, 0] > 0).sum(1) % len(TASKS)
+
+
 class Toy(nn.Module):
-    """(B, S, D) -> (B, S, D) through every kind of site."""
+    """(B, S, D) -> (B, S, D) through every kind of site. A sample's first values say of which task it is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(D, 2 * D), nn.Linear(2 * D, D)
-        self.norm, self.rms, self.conv = nn.LayerNorm(D), nn.RMSNorm(D), nn.Conv1d(D, D, 3, padding=1)
-        points = {"linear": ("first|second", 2), "norm": ("norm", 1), "rms": ("rms", 1), "conv": ("conv", 1)}
-        self.spec = ModelSpec(towers=(), points=points)
+        self.layers = nn.ModuleList([nn.Linear(D, 2 * D), nn.Linear(2 * D, D)])
+        self.norms = nn.ModuleList([nn.LayerNorm(D), nn.LayerNorm(D)])
+        self.rms, self.conv = nn.RMSNorm(D), nn.Conv1d(D, D, 3, padding=1)
+        points = {"linear": (r"layers\.[01]", 2), "norm": (r"norms\.0", 1), "rms": ("rms", 1), "conv": ("conv", 1)}
+        self.spec = ModelSpec(towers=(), points=points | {"equal_widths": (r"norms\.\d", 2)})
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x + self.second(self.first(x).tanh()))
-        return self.rms(x + self.conv(x.mT).mT)
+        with tasks_of(task_of(x)):
+            x = self.norms[0](x + self.layers[1](self.layers[0](x).tanh()))
+            return self.rms(self.norms[1](x) + self.conv(x.mT).mT)
 
 
 def build(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Toy, AdapterBank]:
@@ -81,15 +128,60 @@ def slow(model: Toy, bank: AdapterBank, x: Tensor, weights: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
+def adapters_at(bank: AdapterBank, name: str) -> dict[str, nn.Module]:
+    """The adapters of a set that make products, by site; those of tasks as {site: {task: adapter}}."""
+    found = {}
+    for site, adapter in bank.adapters_of(name).items():
+        each = zip(["layers.0", "layers.1"], adapter.each) if isinstance(adapter, Shared) else [(site, adapter)]
+        for place, inner in each:
+            found[place] = dict(inner.adapters) if isinstance(inner, PerTask) else dict.fromkeys(TASKS, inner)
+    return found
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """A map's matrix (O, I), explicitly."""
+    if not isinstance(layer, PHMLinear):
+        return (layer.left @ layer.right).T
+    blocks = layer.blocks if layer.rank is None else [left @ right for left, right in zip(layer.left, layer.right)]
+    return sum(torch.kron(a, w) for a, w in zip(layer.rule.weight, blocks)).T
+
+
+def slow_products(model: Toy, bank: AdapterBank, x: Tensor, weights: Tensor) -> Tensor:
+    """Kinds whose matrices are products: a plain bottleneck with the average of the explicit matrices, per sample."""
+    outputs = []
+    for sample, row in zip(x, weights):
+        task = TASKS[task_of(sample[None])]
+        plain = Toy().to(x.dtype)
+        plain.load_state_dict(model.state_dict())
+        twin = AdapterBank(plain, [Placement(["linear"], partial(Bottleneck, reduction=3, activation="gelu_new"))])
+        twin.to(x.dtype)
+        for site, adapter in twin.adapters_of("live").items():
+            sets = [adapters_at(bank, name)[site][task] for name in SETS]
+            for part in ("down", "up"):
+                layers = [getattr(each, part) for each in sets]
+                getattr(adapter, part).weight.data = sum(w * matrix(layer) for w, layer in zip(row, layers))
+                getattr(adapter, part).bias.data = sum(w * layer.bias for w, layer in zip(row, layers))
+        outputs.append(plain(sample[None]))
+    return torch.cat(outputs).detach()
+
+
+def reference_of(kind: str):
+    """The slow form of a kind's mixing."""
+    if "lora" in kind:
+        return slow_lora
+    return slow_products if "compacter" in kind or "low_rank" in kind or kind == "shared_per_task" else slow
+
+
 def slow_lora(model: Toy, bank: AdapterBank, x: Tensor, weights: Tensor) -> Tensor:
     """LoRA mixes weight changes, so the slow form writes W + s sum_i p_i B_i A_i into plain layers."""
     outputs = []
     for sample, row in zip(x, weights):
         plain = Toy().to(x.dtype)
         plain.load_state_dict(model.state_dict())
+        task = TASKS[task_of(sample[None])]
         for site in bank.sites:
             for weight, name in zip(row, SETS):
-                adapter = bank.adapters_of(name)[site]
+                adapter = adapters_at(bank, name)[site][task]
                 change = adapter.up.weight @ adapter.down.weight
                 plain.get_submodule(site).weight.data += weight * adapter.scale * change
         outputs.append(plain(sample[None]))
@@ -166,15 +258,14 @@ def test_mixing_equals_the_slow_reference(kind, grad, x):
     weights = weights_of()
     with torch.set_grad_enabled(grad), bank.use(weights):
         mixed = model(x)
-    reference = slow_lora if "lora" in kind else slow
-    torch.testing.assert_close(mixed, reference(model, bank, x, weights), rtol=0, atol=1e-10)
+    torch.testing.assert_close(mixed, reference_of(kind)(model, bank, x, weights), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", MIXING)
 def test_float32_and_autocast_mixing_stay_close(kind, x):
     model, bank = build(kind, torch.float32)
     weights, x = weights_of().float(), x.float()
-    reference = (slow_lora if "lora" in kind else slow)(model, bank, x, weights)
+    reference = reference_of(kind)(model, bank, x, weights)
     with torch.no_grad(), bank.use(weights):
         torch.testing.assert_close(model(x), reference, rtol=1e-5, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):

@@ -8,9 +8,11 @@ from torch import nn
 
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.base import FoldError
+from fulgurite.methods.adapters.bias import Bias
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.delta import WeightDelta
 from fulgurite.methods.adapters.folding import fold
+from fulgurite.methods.adapters.ia3 import IA3, IA3Input
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.replace import Replace
 from fulgurite.methods.structure import ModelSpec
@@ -40,6 +42,9 @@ KINDS = {
     "rslora": partial(LoRA, rank=2, rslora=True),
     "delta": WeightDelta,
     "replace": Replace,
+    "ia3": IA3,
+    "ia3_input": IA3Input,
+    "bias": Bias,
 }
 
 
