@@ -100,9 +100,16 @@ def test_the_projector_and_prompts_train_and_nothing_else_does(model):
     F.cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), ignore_index=IGNORED).backward()
     assert all(p.grad.abs().sum() > 0 for p in bank.parameters_of("live"))
     assert all(p.grad is None for p in model.parameters())
-    written = model.generate_ids(batch_of(), max_new_tokens=3)
-    logits = model(batch_of(), written)
-    assert logits[:, 0].argmax(-1).tolist() == written[:, 0].tolist()
+    (prompts,) = (a for name, a in bank.adapters_of("live").items() if name == "decoder_prompt")
+    torch.nn.init.normal_(prompts.vectors, generator=torch.Generator().manual_seed(5))
+    batch = batch_of()
+    written, logits = model.generate_ids(batch, max_new_tokens=3), model(batch, TARGETS)
+    for row in (1, 2):  # which have padding between prompts and text
+        kept = {"text": batch["text_mask"][row], "picture": batch["picture"][row] >= 0}
+        pairs = {"text": "text", "text_mask": "text", "picture": "picture", "features": "picture"}
+        one = {name: batch[name][row, kept[length]][None] for name, length in pairs.items()}
+        torch.testing.assert_close(logits[row : row + 1], model(one, TARGETS[row : row + 1]), atol=1e-5, rtol=1e-5)
+        assert model.generate_ids(one, max_new_tokens=3)[0].tolist() == written[row].tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"features": None}, {"config": {"tie_word_embeddings": True}}])
