@@ -112,6 +112,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
         self._collators: dict[str, Collator] = {}
         self._attached: FeatureExtractor | None = None
         self._splits: dict[Split, list[Sample]] = {}
+        self._ready: set[Split] = set()  # splits without what cannot be used
         self.stage = ""
 
     @property
@@ -244,7 +245,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
             elif not samples and split == SPLITS_OF_STAGE[stage][0]:
                 raise DataError(f"{self.place(split)}: no samples to {stage} with")
             check_fields(samples, collator, type(self).__name__, owner)
-            self._splits[split] = samples
+            self._keep(split, samples)
             self._log_counts(split, samples)
         self._write_skipped()
         if stage == "fit" and self.trainer is not None:
@@ -282,12 +283,21 @@ class FulguriteDataModule(LightningDataModule, ABC):
 
     def prepared(self, split: Split) -> list[Sample]:
         """The samples of ``split`` as `setup` for its own stage leaves them, in any stage. All ranks must call it."""
-        stage, module = STAGE_OF_SPLIT.get(split, split), self.trainer.lightning_module
-        if stage not in self._collators:
-            self._collators[stage] = module.collator(stage)
-            self._splits[split] = self._usable(split, self._collators[stage])
-            check_fields(self._splits[split], self._collators[stage], type(self).__name__, type(module).__name__)
+        if split not in self._ready:
+            stage = STAGE_OF_SPLIT.get(split, split)
+            owner = "the attached collator"
+            if stage not in self._collators:
+                module = self.trainer.lightning_module
+                self._collators[stage], owner = module.collator(stage), type(module).__name__
+            samples = self._usable(split, self._collators[stage])
+            check_fields(samples, self._collators[stage], type(self).__name__, owner)
+            self._keep(split, samples)
         return self.samples(split)
+
+    def _keep(self, split: Split, samples: list[Sample]) -> None:
+        """These samples are what there is to use of ``split``."""
+        self._splits[split] = samples
+        self._ready.add(split)
 
     def _parts(self, split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
         return {

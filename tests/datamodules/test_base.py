@@ -69,6 +69,7 @@ def test_without_a_trainer(folder, watcher):
     module.attach(watcher.collator("fit"))
     module.setup("fit")
     assert len(list(module.train_dataloader())) == 4
+    assert [name for batch in module.within_fit("test") for name in batch["id"]] == ["1", "2", "3", "4", "5"]
     with pytest.raises(TypeError, match="MeanEncoder"):
         module.attach(HeavyCollator())
 
