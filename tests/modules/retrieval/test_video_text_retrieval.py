@@ -313,6 +313,18 @@ def test_a_caption_that_is_too_long_is_found_before_anything_else(module, data, 
         trainer().fit(module(head=head, backbone=backbone(max_words=5)), datamodule=data())
 
 
+def test_cut_captions_of_repeats_are_not_counted_again(module, monkeypatch):
+    net, logged = module(), {}
+    monkeypatch.setattr(net, "log", lambda name, value, **_: logged.update({name: float(value)}))
+    batch = {
+        "cut": torch.tensor([True, True, False, True]),
+        "owner": torch.tensor([0, 0, 1, 2]),
+        "counted": torch.tensor([True, True, False]),
+    }
+    net.count_cut("val", batch)
+    assert logged == {"val/cut_captions": 2.0}
+
+
 def test_a_bank_needs_training_captions(module, data, trainer):
     with pytest.raises(DataError, match="training split"):
         trainer().test(module(normalizer=Sinkhorn()), datamodule=data(train=None), verbose=False)
