@@ -33,9 +33,7 @@ from fulgurite.checkpoints import (
     save_checkpoint_folder,
 )
 from fulgurite.methods.adapters.bank import AdapterBank
-from fulgurite.methods.adapters.lora import LoRA
-from fulgurite.methods.adapters.peft_format import from_peft, to_peft
-from fulgurite.methods.adapters.replace import Replace
+from fulgurite.methods.adapters.peft_format import from_peft, peft_type, to_peft
 from fulgurite.methods.sharding import reshard
 from fulgurite.modules.adapted import INITIAL, AdaptedModule
 
@@ -118,9 +116,9 @@ def _read_foreign(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 class AdapterFolders(pl.Callback):
     """Writes ``adapters/<name>/`` of the run: the start (``initial``) and what every stage that has begun learned.
 
-    Hook: ``on_train_end``, so also where a run stops early. A set of `LoRA` (and `Replace`) is in peft's layout; other
-    kinds are tensors ``<site>.<tensor>``. Every folder has a manifest with the digests and the base it stands on. All
-    ranks gather, rank 0 writes. Nothing is stored in checkpoints; a resumed run writes the same folders again.
+    Hook: ``on_train_end``, so also where a run stops early. A set of `LoRA` or `IA3` (and `Replace`) is in peft's
+    layout; other kinds are tensors ``<site>.<tensor>``. Every folder has a manifest with the digests and its base.
+    All ranks gather, rank 0 writes. Nothing is stored in checkpoints; a resumed run writes the same folders again.
     """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -136,9 +134,8 @@ class AdapterFolders(pl.Callback):
         base = {"source": pl_module.backbone.source, "digest": pl_module.base_digest}
         for stage, name in sets.items():
             folder = Path(trainer.default_root_dir) / "adapters" / stage
-            adapters = bank.sets[name].values()
             facts = {"set": stage, "global_step": trainer.global_step, "parameters": parameters_of(pl_module)}
-            if any(isinstance(a, LoRA) for a in adapters) and all(isinstance(a, LoRA | Replace) for a in adapters):
+            if peft_type(bank.adapters_of(name)) is not None:
                 config, tensors = to_peft(bank, name, base["source"])
                 tensors = gather(tensors, trainer.is_global_zero)
                 if trainer.is_global_zero:

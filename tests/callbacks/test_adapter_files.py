@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fulgurite.callbacks.adapter_files import read_peft_folder, write_peft_folder
 from fulgurite.checkpoints import CheckpointError, DamagedError, MismatchError, audit, read_manifest
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.adapters.ia3 import IA3, IA3Input
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.peft_format import to_peft
 from fulgurite.methods.adapters.replace import Replace
@@ -143,3 +144,55 @@ def test_damaged_and_missing_files_are_named(written):
         with pytest.raises(CheckpointError, match=f"no {name}"):
             read_peft_folder(bank, "a", folder)
         (folder / name).write_bytes(good)
+
+
+def tiny_t5() -> nn.Module:
+    """Two tiny stacks of the library's own T5, with the public places of its layers."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    settings = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(settings).eval().requires_grad_(False)
+    points = {name: (rf".*Attention\.{name}", 3) for name in "qkv"} | {"wo": (r".*\.wo", 2)}
+    model.spec = ModelSpec(towers=(), points=points)
+    return model
+
+
+LIBRARY_CASES = {
+    "lora": ("LoraConfig", {"r": 2, "lora_alpha": 3}, [Placement(["q", "v"], partial(LoRA, rank=2, alpha=3))]),
+    "rslora": (
+        "LoraConfig",
+        {"r": 2, "lora_alpha": 3, "use_rslora": True},
+        [Placement(["q", "v"], partial(LoRA, rank=2, alpha=3, rslora=True))],
+    ),
+    "ia3": (
+        "IA3Config",
+        {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]},
+        [Placement(["k", "v"], IA3), Placement(["wo"], IA3Input)],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIBRARY_CASES)
+def test_folders_of_peft_for_a_model_of_transformers_both_ways(case, tmp_path):
+    import peft
+
+    config, options, placements = LIBRARY_CASES[case]
+    tokens = {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(8).view(2, 4)}
+    wrapped = peft.get_peft_model(tiny_t5(), getattr(peft, config)(**options))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    wrapped.eval().save_pretrained(tmp_path / "theirs")
+    expected = wrapped(**tokens).logits
+
+    model = tiny_t5()
+    bank = AdapterBank(model, placements, ["a"])
+    assert not torch.allclose(model(**tokens).logits, expected, atol=1e-3)
+    read_peft_folder(bank, "a", tmp_path / "theirs")
+    with bank.use("a"):
+        torch.testing.assert_close(model(**tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+    write_peft_folder(tmp_path / "ours", *to_peft(bank, "a", "tiny"), base=BASE)
+    again = peft.PeftModel.from_pretrained(tiny_t5(), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(**tokens).logits, expected, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""LoRA sets in peft's layout, against the `peft` library itself and against W + s B A by hand."""
+"""Sets in peft's layout, against the `peft` library itself and against W + s B A by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.ia3 import IA3, IA3Input
 from fulgurite.methods.adapters.lora import LoRA
 from fulgurite.methods.adapters.peft_format import from_peft, to_peft
 from fulgurite.methods.adapters.replace import Replace
@@ -63,6 +64,8 @@ CASES = {
         Placement(["v"], partial(LoRA, rank=4, alpha=1.0)),
     ],
     "norm": [Placement(["q"], partial(LoRA, rank=2)), Placement(["norm"], Replace)],
+    "ia3": [Placement(["q", "v"], IA3)],
+    "ia3_input": [Placement(["q"], IA3), Placement(["v"], IA3Input), Placement(["norm"], Replace)],
 }
 
 
@@ -73,10 +76,10 @@ def x() -> Tensor:
 
 def in_peft(config, tensors):
     """The model that peft makes of a configuration and tensors, around the same backbone."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, set_peft_model_state_dict
 
     torch.manual_seed(0)
-    wrapped = get_peft_model(Outer().text, LoraConfig.from_peft_type(**config))
+    wrapped = get_peft_model(Outer().text, PeftConfig.from_peft_type(**config))
     result = set_peft_model_state_dict(wrapped, dict(tensors))
     assert result.unexpected_keys == []
     return wrapped.eval()
@@ -125,6 +128,25 @@ def test_we_compute_the_same_from_what_peft_gives(options, x):
         torch.testing.assert_close(model(x), wrapped(x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("feed_forward", [[], ["v"]])
+def test_we_compute_the_same_from_the_factors_that_peft_gives(feed_forward, x):
+    from peft import IA3Config, get_peft_model, get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    settings = IA3Config(target_modules="q|v", feedforward_modules=feed_forward)
+    wrapped = get_peft_model(Outer().text, settings)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    model, bank = build(Placement(["q"], IA3), Placement(["v"], IA3Input if feed_forward else IA3), seed=5)
+    from_peft(bank, "a", settings.to_dict(), get_peft_model_state_dict(wrapped), root="text")
+    with bank.use("a"):
+        torch.testing.assert_close(model(x), wrapped(x), rtol=1e-6, atol=1e-6)
+    _, wrong = build(Placement(["q"], IA3), Placement(["v"], IA3 if feed_forward else IA3Input))
+    with pytest.raises(ValueError, match=r"v\.ia3_l: file \(\d, \d\), here"):
+        from_peft(wrong, "a", settings.to_dict(), get_peft_model_state_dict(wrapped), root="text")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_there_and_back_is_bit_for_bit(case):
     _, bank = build(*CASES[case])
@@ -165,7 +187,9 @@ def test_variants_of_lora_that_compute_something_else_are_refused(option, value)
     ("placements", "root", "match"),
     [
         ([Placement(["q"], partial(Bottleneck, reduction=2))], "text", "not Bottleneck"),
-        ([Placement(["norm"], Replace)], "text", "no LoRA"),
+        ([Placement(["norm"], Replace)], "text", "no LoRA or IA3"),
+        ([Placement(["q"], LoRA), Placement(["v"], IA3)], "text", r"one kind.*'IA3', 'LoRA'"),
+        ([Placement(["q"], LoRA), Placement(["q"], LoRA)], "text", r"once at a layer.*'q', 'q@1'"),
         ([Placement(["q"], LoRA)], "video", "outside root='video'"),
         ([Placement(["q"], partial(LoRA, rslora=True)), Placement(["v"], LoRA)], "text", "one rslora"),
     ],
