@@ -12,6 +12,7 @@ OWN = {
     "FiniteCheck": "{class_path: FiniteCheck, init_args: {action: skip, patience: 3}}",
     "Report": "{class_path: Report, init_args: {title: mine}}",
     "AdapterFolders": "AdapterFolders",
+    "ParameterReport": "ParameterReport",
 }
 
 

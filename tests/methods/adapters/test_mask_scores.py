@@ -95,10 +95,11 @@ def test_scores_are_sums_over_single_examples_whatever_the_batches(score, size):
 @pytest.mark.parametrize("score", ["label", "sampled"])
 def test_two_processes_sum_to_one(score, on_ranks):
     alone = scores(score)
+    models = [build(score) for _ in range(2)]  # not in the ranks' threads, which share the random state
 
     def share(ranks):
-        numbers = [torch.arange(N)[ranks.rank :: 2]]
-        return scores(score, ranks=ranks, part=slice(ranks.rank, None, 2), numbers=numbers)
+        part = slice(ranks.rank, None, 2)
+        return scores(score, ranks=ranks, part=part, numbers=[torch.arange(N)[part]], model_and_mask=models[ranks.rank])
 
     for found in on_ranks(2, share):
         close(found, alone, rtol=1e-6, atol=0)

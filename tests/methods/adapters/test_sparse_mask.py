@@ -16,7 +16,8 @@ from fulgurite.methods.adapters.folding import fold
 from fulgurite.methods.adapters.sparse_mask import SparseMask
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.1)
-ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1)
+# Of a size that gradients of rounding errors alone do not reach, as those of the bias of attention keys.
+ADAMW = partial(torch.optim.AdamW, lr=0.02, weight_decay=0.1, eps=1e-4)
 
 
 def train(model, optimizer, steps=3, accumulate=1, clip=None, after=lambda: None, autocast=False):
