@@ -13,14 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fulgurite.backbones.side_blocks import side_blocks_of
+
 
 class Slot(nn.Module):
     """Gives its first argument back.
+
+    Attributes:
+        side_blocks: how a ladder makes the blocks of the stack small, see `side_blocks_of`.
 
     Args:
         width: D of what passes through.
         takes_prompts: whether it may come back with more positions in front.
     """
+
+    side_blocks = staticmethod(side_blocks_of)
 
     def __init__(self, width: int, takes_prompts: bool = False) -> None:
         super().__init__()
