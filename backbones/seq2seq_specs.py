@@ -146,7 +146,7 @@ def _spec(
     return ModelSpec(
         towers=towers,
         head="language.lm_head",
-        points={**points, "parameters": everything, **SLOTS},
+        points={**points, "parameters": everything, "head": (r"language\.lm_head", 1), **SLOTS},
         shared_inputs=shared_inputs,
         tied=(tuple(f"{name}.weight" for name in names),),
     )

@@ -17,17 +17,27 @@ class Bias(Adapter):
 
     Parameters: as many as the bias has.
 
+    Args:
+        site: the layer.
+        new: give a linear layer or a norm without a bias one, as the published code does with T5.
+
     Raises:
-        ValueError: the site has no bias that is added to its output.
+        ValueError: the site has no bias that is added to its output, and gets none.
     """
 
     verb = "transform"
 
-    def __init__(self, site: nn.Module) -> None:
+    def __init__(self, site: nn.Module, new: bool = False) -> None:
         super().__init__()
         bias = getattr(site, "bias", None)
         if not isinstance(bias, Tensor):
-            raise ValueError(f"Bias adapts layers with a bias, and this {type(site).__name__} has none")
+            weight = getattr(site, "weight", None)
+            if not new or not isinstance(weight, Tensor) or not (weight.dim() == 1 or isinstance(site, nn.Linear)):
+                raise ValueError(
+                    f"Bias adapts layers with a bias, and this {type(site).__name__} has none; with new: true linear "
+                    "layers and norms get one"
+                )
+            bias = weight.new_zeros(len(weight))
         self.delta = nn.Parameter(torch.zeros_like(bias, requires_grad=True))
         # Behind the channels of a convolution come its positions.
         self.positions = len(site.kernel_size) if isinstance(site, nn.modules.conv._ConvNd) else 0

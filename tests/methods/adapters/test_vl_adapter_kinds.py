@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
-from fulgurite.methods.adapters.base import SpanSite
+from fulgurite.methods.adapters.base import FoldError, SpanSite
 from fulgurite.methods.adapters.bias import Bias
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.compacter import Compacter, PHMLinear
@@ -70,6 +70,8 @@ COUNTS = {
     "ia3": (IA3(nn.Linear(10, D)), D),
     "ia3, input": (IA3Input(nn.Linear(10, D)), 10),
     "bias": (Bias(nn.Linear(10, D)), D),
+    "bias, new": (Bias(nn.Linear(10, D, bias=False), new=True), D),
+    "bias, new of a norm": (Bias(nn.RMSNorm(D), new=True), D),
     "lora": (LoRA(nn.Linear(10, D), 3), 3 * (10 + D)),
     "hyperformer": (
         Hyperformer(SITES, TASKS, 4, embedding=7, hidden=5, projected=3),
@@ -266,11 +268,20 @@ def test_a_hyperformer_refuses_sites_it_cannot_tell_apart():
         (lambda: Bottleneck(24, activation="selu"), "activation='selu' is not one of"),
         (lambda: Bottleneck(24, init="zero"), "init='zero'"),
         (lambda: Bias(nn.Linear(2, 2, bias=False)), "Linear has none"),
+        (lambda: Bias(nn.Embedding(3, 2), new=True), "Embedding has none"),
     ],
 )
 def test_options_that_cannot_be_are_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_new_bias_is_added_to_what_leaves_the_site():
+    site, x = nn.Linear(10, D, bias=False), noise(3, 10)
+    adapter = shake(Bias(site, new=True))
+    torch.testing.assert_close(adapter(x, site(x)), nn.functional.linear(x, site.weight, adapter.delta))
+    with pytest.raises(FoldError):
+        adapter.folded(site)
 
 
 def test_a_bank_says_which_tasks_its_kinds_route_by():
