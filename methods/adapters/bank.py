@@ -85,6 +85,9 @@ class AdapterBank(nn.Module):
             if hasattr(live[place.key], "before"):
                 place.module.register_forward_pre_hook(functools.partial(self._prepare, place), with_kwargs=True)
             place.module.register_forward_hook(functools.partial(self._adapt, place), with_kwargs=True)
+            if hasattr(live[place.key], "failed"):
+                hook = functools.partial(self._clean_up, place)
+                place.module.register_forward_hook(hook, with_kwargs=True, always_call=True)
 
     @property
     def live(self) -> str:
@@ -276,6 +279,11 @@ class AdapterBank(nn.Module):
         kind = type(experts[0])
         with _gathered(experts):
             return (kind.select if chosen.mixture.is_one_hot else kind.mix)(experts, chosen.mixture, *call)
+
+    def _clean_up(self, place: Place, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        """Where the call of a place has raised, ``y`` is None: let its adapters undo what they did before it."""
+        for adapters in self.sets.values() if y is None else ():
+            adapters[place.key].failed(place.index)
 
     def report(self) -> BankReport:
         """What one set trains and stores, by placement."""

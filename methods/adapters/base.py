@@ -102,7 +102,8 @@ class Spanning(Adapter):
 
     The sites come in the order of the placement's points, and at one point in that of the model. Modules of the
     backbone that a subclass keeps must not become its submodules: keep them in a tuple. ``before`` and ``mix_before``
-    get the site's index before the arguments.
+    get the site's index before the arguments. One that must undo what ``before`` did where the call raises
+    defines ``failed(index)``.
     """
 
     spans = True

@@ -301,7 +301,6 @@ class SparseMask(Spanning):
         Raises:
             ValueError: something trains, and the positions are not chosen yet.
         """
-        self._end(index)  # what is left of a call that failed
         if self._applied:
             self._seen.add(index)
             return
@@ -337,6 +336,10 @@ class SparseMask(Spanning):
         if loans and torch.is_grad_enabled():
             give_in_backward([leaf for leaf in tree_leaves(y) if isinstance(leaf, Tensor)], loans)
         return y
+
+    def failed(self, index: int) -> None:
+        """Put the site back as it was."""
+        self._end(index)
 
     def _end(self, index: int) -> list[Loan]:
         """Put the site back as it was; the loans of its call."""
