@@ -1,4 +1,4 @@
-"""``features``: extract frame features of videos once, and store them where DataModules look for them."""
+"""``features``: extract features of videos and pictures once, and store them where DataModules look for them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ from fulgurite.commands.plain import PlainParser
 from fulgurite.samples.errors import DataError
 
 if TYPE_CHECKING:
-    from fulgurite.samples.features import FeatureExtractor, FeatureStore
-    from fulgurite.samples.video import Video
+    from fulgurite.samples.features import FeatureExtractor, FeatureStore, Media
 
 DESCRIPTION = """Extract and store frame features; a call that was cut short goes on where it stopped. With the config
-of an experiment (--config configs/quickstart.yaml, and any option of fit) it takes encoder, frames, videos, store and
+of an experiment (--config configs/quickstart.yaml, and any option of fit) it takes encoder, frames, files, store and
 dtype from there, so that a fit with the same options finds all its features; of the options here --device,
 --num_workers and --batch_frames then hold. Without one, name --videos and --encoder."""
 
@@ -35,20 +34,20 @@ class Job:
     """What to extract and where to.
 
     Args:
-        videos: any order.
+        media: videos and pictures, in any order.
         extractor: encoder and frame rule.
         store: where features go.
-        tolerant: whether videos that cannot be read are no failure.
+        tolerant: whether files that cannot be read are no failure.
     """
 
-    videos: list[Video]
+    media: list[Media]
     extractor: FeatureExtractor
     store: FeatureStore
     tolerant: bool = False
 
 
 def run(command: str, argv: list[str]) -> int:
-    """Extract what the store does not hold yet; 2 if some videos could not be read, after all others are
+    """Extract what the store does not hold yet; 2 if some files could not be read, after all others are
     done.
     """
     invocation = Invocation.of(command, argv)
@@ -63,7 +62,7 @@ def run(command: str, argv: list[str]) -> int:
     from fulgurite.samples.features import extract_features
 
     failed = extract_features(
-        job.videos,
+        job.media,
         job.extractor.encoder.eval().to(device_named(options.device)),
         job.extractor.sampling,
         job.store,
@@ -71,9 +70,9 @@ def run(command: str, argv: list[str]) -> int:
         batch_frames=options.batch_frames,
         progress=_show,
     )
-    print(f"{len(job.videos) - len(failed)} of {len(job.videos)} videos have features in {job.store.path}")
-    for video, error in failed.items():
-        print(f"{video.path}: {error}", file=sys.stderr)
+    print(f"{len(job.media) - len(failed)} of {len(job.media)} files have features in {job.store.path}")
+    for each, error in failed.items():
+        print(f"{each.path}: {error}", file=sys.stderr)
     return BAD_INPUT if failed and not job.tolerant else DONE
 
 
@@ -86,11 +85,11 @@ def names_a_record(invocation: Invocation) -> bool:
 
 
 def job_of_record(invocation: Invocation) -> Job:
-    """Every video of the record's data, encoded as its module wants it, into its feature cache."""
+    """Every video and picture of the record's data, encoded as its module wants it, into its feature cache."""
 
     from fulgurite.commands.record import RecordCLI
     from fulgurite.datamodules.base import FulguriteDataModule, Split
-    from fulgurite.samples.features import FeatureStore
+    from fulgurite.samples.features import FeatureStore, media_of
 
     record = RecordCLI(invocation)
     data, ask = record.datamodule, getattr(record.model, "feature_extractor", None)
@@ -103,13 +102,13 @@ def job_of_record(invocation: Invocation) -> Job:
         raise ConfigError("data.feature_cache: not set, so that a fit would not look there; set --data.feature_cache")
     data.prepare_data()
     samples = [sample for split in get_args(Split) for sample in data.samples(split)]
-    videos = list(dict.fromkeys(sample.video for sample in samples if sample.video is not None))
-    if not videos:
-        raise ConfigError(f"data: {type(data).__name__} gives no video files with these options")
+    media = list(dict.fromkeys(each for sample in samples for each in media_of(sample)))
+    if not media:
+        raise ConfigError(f"data: {type(data).__name__} gives no files of videos or pictures with these options")
     if data.skipped:
         print(f"{len(data.skipped)} unusable rows are left out", file=sys.stderr)
     store = FeatureStore(data.feature_cache, data.feature_dtype)
-    return Job(videos, extractor, store, tolerant=data.on_bad == "skip")
+    return Job(media, extractor, store, tolerant=data.on_bad == "skip")
 
 
 def job_of_flags(invocation: Invocation) -> tuple[jsonargparse.Namespace, Job]:

@@ -27,13 +27,12 @@ from fulgurite.samples import (
     DataInfo,
     Sample,
     Stage,
-    Video,
     batches_within,
     check_fields,
     check_picklable,
 )
 from fulgurite.samples.dataset import SampleDataset
-from fulgurite.samples.features import FeatureExtractor
+from fulgurite.samples.features import FeatureExtractor, Media, media_of
 from fulgurite.samples.loader import ResumableLoader
 from fulgurite.samples.sampler import GlobalBatchSampler
 
@@ -63,10 +62,10 @@ class FulguriteDataModule(LightningDataModule, ABC):
         eval_batch_size: the same for validation, test and prediction; None takes ``batch_size``.
         num_workers: loading processes per process; 0 loads in the process itself.
         seed: of the order of the training samples, together with the epoch.
-        on_bad: what a row or video that cannot be used does: ``"error"`` stops with its name, ``"skip"``
+        on_bad: what a row, video or picture that cannot be used does: ``"error"`` stops with its name, ``"skip"``
             counts it and writes it to ``skipped.jsonl`` of the run folder (not with ``fast_dev_run``).
-        feature_cache: folder of stored frame features, filled at `setup` where some are missing; None
-            computes frames in every pass.
+        feature_cache: folder of stored features of frames and pictures, filled at `setup` where some are missing; None
+            computes them in every pass.
         feature_dtype: of the numbers stored there.
     """
 
@@ -318,32 +317,34 @@ class FulguriteDataModule(LightningDataModule, ABC):
         return split == "train" and not overfit
 
     def _usable(self, split: Split, collator: Collator) -> list[Sample]:
-        """The samples of ``split`` whose videos can be read, with stored features where there is a cache."""
+        """The samples of ``split`` whose files can be read, with stored features where there is a cache."""
         samples = self.samples(split)
         extractor = self._extractor()
         if extractor is not None:
             return fill_features(self, split, samples, extractor)
         if any("video" in need for need in collator.needs):
-            return self.readable(split, samples, Video.check)
+            return self.readable(split, samples, lambda media: media.check())
         return samples
 
-    def readable(self, split: Split, samples: Sequence[Sample], check: Callable[[Video], object]) -> list[Sample]:
-        """The samples whose video passes ``check``; the others are bad samples."""
-        errors: dict[Video, DataError | None] = {None: None}
+    def readable(self, split: Split, samples: Sequence[Sample], check: Callable[[Media], object]) -> list[Sample]:
+        """The samples whose video or pictures pass ``check``; the others are bad samples."""
+        errors: dict[Media, DataError | None] = {}
         kept = []
         for sample in samples:
-            if sample.video not in errors:
-                try:
-                    check(sample.video)
-                    errors[sample.video] = None
-                except DataError as error:
-                    errors[sample.video] = error
-            error = errors[sample.video]
-            if error is None:
+            media = media_of(sample)
+            for each in media:
+                if each not in errors:
+                    try:
+                        check(each)
+                        errors[each] = None
+                    except DataError as error:
+                        errors[each] = error
+            bad = next((each for each in media if errors[each] is not None), None)
+            if bad is None:
                 kept.append(sample)
                 continue
-            with self.skipping(split, sample.domain, f"{sample.video.name}, id {sample.id}"):
-                raise error
+            with self.skipping(split, sample.domain, f"{bad.name}, id {sample.id}"):
+                raise errors[bad]
         return kept
 
     def _extractor(self) -> FeatureExtractor | None:

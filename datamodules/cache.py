@@ -1,4 +1,4 @@
-"""Filling and using a store of frame features on behalf of a DataModule."""
+"""Filling and using a store of features of frames and pictures on behalf of a DataModule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from fulgurite.samples import DataError, Sample, Video
+from fulgurite.samples import DataError, Sample
 from fulgurite.samples.features import (
     FeatureExtractor,
     FeatureStore,
+    Media,
     StoredFeatures,
     extract_features,
-    video_key,
+    frames_of,
+    media_key,
+    media_of,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ def fill_features(
     """The samples with ``features[encoder.name]`` from the cache, which is filled first where it lacks some.
 
     Every process computes its share and waits for the others; each then sees the same failures, so all keep
-    the same samples. Samples without a video stay as they are.
+    the same samples. Samples without a video or pictures in files stay as they are.
 
     Raises:
         DataError: features cannot be stored, here or in another process.
@@ -39,12 +42,12 @@ def fill_features(
     store = FeatureStore(data.feature_cache, data.feature_dtype)
     trainer = data.trainer
     rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-    videos = list(dict.fromkeys(s.video for s in samples if s.video is not None))
+    media = list(dict.fromkeys(each for sample in samples for each in media_of(sample)))
     home = next((parameter.device for parameter in encoder.parameters()), "cpu")
     encoder.to(home if trainer is None else trainer.strategy.root_device)
     with nullcontext() if trainer is None else in_step(trainer.strategy, "frame features"):
         extract_features(
-            videos,
+            media,
             encoder,
             sampling,
             store,
@@ -56,15 +59,15 @@ def fill_features(
     encoder.to(home)
     reader = store.reader(encoder, sampling)
 
-    def check(video: Video) -> None:
+    def check(each: Media) -> None:
         # What is not stored failed on some process: fail here in the same way.
-        if video_key(video) not in reader:
-            video.frames(sampling.indices(video))
+        if media_key(each) not in reader:
+            frames_of(each, sampling)
 
     filled = []
     for sample in data.readable(split, samples, check):
-        if sample.video is not None:
-            place = {encoder.name: (reader, video_key(sample.video))}
+        if keys := [media_key(each) for each in media_of(sample)]:
+            place = {encoder.name: (reader, *keys)}
             given = sample.features.places if isinstance(sample.features, StoredFeatures) else {}
             sample = replace(sample, features=StoredFeatures({**given, **place}))
         filled.append(sample)
@@ -89,6 +92,6 @@ def _report(what: str) -> Callable[[int, int], None]:
 
     def progress(done: int, total: int) -> None:
         if done * 10 // total > (done - 1) * 10 // total:
-            rank_zero_info(f"{what}: {done} of {total} videos")
+            rank_zero_info(f"{what}: {done} of {total} files")
 
     return progress

@@ -1,11 +1,11 @@
-"""Frame features on disk: computed once per encoder, rule and video file, read by mapping.
+"""Features of frames and pictures on disk: computed once per encoder, rule and file, read by mapping.
 
 A store is a folder with one folder per (encoder, frame rule, type), and in it shards, each a digested
 checkpoint folder written at once. What a crash leaves behind is whole shards, so an extraction goes on with
-the videos that miss. Videos are known by the digest of their content: a moved or renamed file keeps its
-features.
+the files that miss. Videos and pictures are known by the digest of their content: a moved or renamed file keeps
+its features. A picture is a video of one frame, whatever the rule.
 
-Legend: F frames of a video, P tokens of a frame, D width.
+Legend: F frames of a video, 1 of a picture, P tokens of a frame, D width.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ from fulgurite.checkpoints.digest import digest_of_file, digest_of_json
 from fulgurite.checkpoints.manifest import read_manifest
 from fulgurite.checkpoints.store import load_tensors, save_checkpoint_folder
 from fulgurite.samples.errors import DataError
+from fulgurite.samples.picture import Picture
+from fulgurite.samples.sample import Sample
 from fulgurite.samples.sampling import FrameSampling
 from fulgurite.samples.video import Video
 
+Media = Video | Picture
 SHARD_BYTES = 32 << 20
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -51,7 +54,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """What a module wants to be stored per video.
+    """What a module wants to be stored per video or picture.
 
     Args:
         encoder: frames to tokens.
@@ -63,14 +66,19 @@ class FeatureExtractor:
 
 
 class StoredFeatures(Mapping[str, Tensor]):
-    """The ``features`` of a sample, read when asked for. Holds (reader, key) by encoder name."""
+    """The ``features`` of a sample, read when asked for: by encoder name those of one file or, with several keys, of
+    several files one after the other.
 
-    def __init__(self, places: Mapping[str, tuple[FeatureReader, str]]) -> None:
+    Args:
+        places: (reader, key, ...) by encoder name.
+    """
+
+    def __init__(self, places: Mapping[str, tuple[Any, ...]]) -> None:
         self.places = dict(places)
 
     def __getitem__(self, name: str) -> Tensor:
-        reader, key = self.places[name]
-        return reader[key]
+        reader, *keys = self.places[name]
+        return reader[keys[0]] if len(keys) == 1 else torch.cat([reader[key] for key in keys])
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
@@ -149,12 +157,30 @@ class FeatureStore:
         return self.path / f"{encoder.name}-{key[:16]}"
 
     def settings(self, encoder: Encoder, sampling: FrameSampling) -> dict[str, str]:
-        """What features depend on besides the video."""
+        """What features depend on besides the file."""
         return {"encoder": encoder.fingerprint, "sampling": sampling.key, "dtype": self.dtype}
 
     def reader(self, encoder: Encoder, sampling: FrameSampling) -> FeatureReader:
-        """The stored features, by `video_key`."""
+        """The stored features, by `media_key`."""
         return FeatureReader(self.folder(encoder, sampling))
+
+
+def media_of(sample: Sample) -> tuple[Media, ...]:
+    """The files whose features a sample can have: its video, or its pictures where they all lie in files."""
+    if sample.video is not None:
+        return (sample.video,)
+    pictures = sample.images or (sample.image,)
+    return pictures if all(isinstance(picture, Picture) for picture in pictures) else ()
+
+
+def frames_of(media: Media, sampling: FrameSampling) -> Tensor:
+    """(F, 3, H, W) uint8. Raises `DataError` where the file cannot be read."""
+    return media.pixels()[None] if isinstance(media, Picture) else media.frames(sampling.indices(media))
+
+
+def media_key(media: Media) -> str:
+    """`video_key` of a video; of a picture the digest of its file. Raises `DataError`: the file cannot be read."""
+    return _file_key(media.identity) if isinstance(media, Picture) else video_key(media)
 
 
 def video_key(video: Video) -> str:
@@ -173,24 +199,23 @@ def _file_key(identity: tuple[str, int, int]) -> str:
 
 
 class _Decoding(Dataset):
-    """Transformed frames of videos; a video that fails comes back as the text of its error."""
+    """Transformed frames of files; a file that fails comes back as the text of its error."""
 
-    def __init__(self, videos: Sequence[tuple[str, Video]], sampling: FrameSampling, transform: Callable) -> None:
-        self.videos, self.sampling, self.transform = videos, sampling, transform
+    def __init__(self, media: Sequence[tuple[str, Media]], sampling: FrameSampling, transform: Callable) -> None:
+        self.media, self.sampling, self.transform = media, sampling, transform
 
     def __len__(self) -> int:
-        return len(self.videos)
+        return len(self.media)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        video = self.videos[index][1]
         try:
-            return index, self.transform(video.frames(self.sampling.indices(video)))
+            return index, self.transform(frames_of(self.media[index][1], self.sampling))
         except DataError as error:
             return index, str(error)
 
 
 def extract_features(
-    videos: Sequence[Video],
+    media: Sequence[Media],
     encoder: Encoder,
     sampling: FrameSampling,
     store: FeatureStore,
@@ -199,33 +224,33 @@ def extract_features(
     progress: Callable[[int, int], None] | None = None,
     rank: int = 0,
     world: int = 1,
-) -> dict[Video, str]:
-    """Compute and store what is missing of ``videos``; the encoder runs here, decoding in workers.
+) -> dict[Media, str]:
+    """Compute and store what is missing of ``media``; the encoder runs here, decoding in workers.
 
-    Peak memory: ``batch_frames`` transformed frames, the videos that workers hold ready, and one shard (32
+    Peak memory: ``batch_frames`` transformed frames, the files that workers hold ready, and one shard (32
     MiB).
 
     Args:
-        videos: any order, repeats allowed; files of equal content are computed once.
+        media: any order, repeats allowed; files of equal content are computed once.
         encoder: in evaluation mode, on its device.
         sampling: frames per video.
         store: where to.
         num_workers: decoding processes; 0 decodes here.
         batch_frames: frames per forward pass.
-        progress: called with (videos done, videos to do).
-        rank: this process; it takes every ``world``-th video.
+        progress: called with (files done, files to do).
+        rank: this process; it takes every ``world``-th file.
         world: processes that extract together.
 
     Returns:
-        The error of each video of this process that could not be read; the caller decides what that means.
+        The error of each file of this process that could not be read; the caller decides what that means.
     """
-    failed: dict[Video, str] = {}
-    keyed: dict[str, Video] = {}
-    for video in dict.fromkeys(videos):
+    failed: dict[Media, str] = {}
+    keyed: dict[str, Media] = {}
+    for each in dict.fromkeys(media):
         try:
-            keyed.setdefault(video_key(video), video)
+            keyed.setdefault(media_key(each), each)
         except DataError as error:
-            failed[video] = str(error)
+            failed[each] = str(error)
     present = store.reader(encoder, sampling)
     todo = [(key, keyed[key]) for key in sorted(keyed)[rank::world] if key not in present]
     if not todo:
@@ -239,9 +264,9 @@ def extract_features(
     )
     waiting: list[tuple[str, Tensor]] = []
     for done, (index, frames) in enumerate(loader, start=1):
-        key, video = todo[index]
+        key, each = todo[index]
         if isinstance(frames, str):
-            failed[video] = frames
+            failed[each] = frames
         else:
             waiting.append((key, frames))
         if sum(len(f) for _, f in waiting) >= batch_frames:
@@ -276,7 +301,7 @@ class _ShardWriter:
             self.tensors[key] = tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
             if not torch.isfinite(self.tensors[key]).all():
                 raise DataError(
-                    f"features of the video with digest {key} are not finite in {self.dtype}; store them as float32: "
+                    f"features of the file with digest {key} are not finite in {self.dtype}; store them as float32: "
                     "--data.feature_dtype float32, or --dtype float32 of the features command"
                 )
         if sum(t.nbytes for t in self.tensors.values()) >= SHARD_BYTES:

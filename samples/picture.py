@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,16 @@ class Picture:
         """Raise `DataError` where the file is missing or no picture; its header is read, not its pixels."""
         self._read(decode=False)
 
+    @property
+    def name(self) -> str:
+        """Its path, for messages."""
+        return str(self.path)
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """As of a video, see `file_identity`."""
+        return file_identity(self.path, "picture")
+
     def pixels(self) -> Tensor:
         """(3, H, W) uint8 RGB; what is transparent is white. Raises `DataError` where it cannot be decoded."""
         return torch.from_numpy(np.array(self._read(decode=True))).permute(2, 0, 1).contiguous()
@@ -60,3 +71,24 @@ def on_white(image: Image) -> Image:
 def pixels_of(image: Tensor | Picture) -> Tensor:
     """(3, H, W) uint8 of what `Sample.image` holds."""
     return image.pixels() if isinstance(image, Picture) else image
+
+
+def file_identity(path: Path, kind: str) -> tuple[str, int, int]:
+    """Path, size in bytes and time of change: equal as long as the file was not written again.
+
+    Args:
+        path: of the file.
+        kind: what it holds, for the message.
+
+    Raises:
+        DataError: it is missing, empty or no file.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the {kind} file: {error.strerror}") from error
+    if not path.is_file():
+        raise DataError(f"{path}: not a file, so it cannot be read as a {kind}")
+    if stat.st_size == 0:
+        raise DataError(f"{path}: the {kind} file is empty (0 bytes)")
+    return (os.fspath(path), stat.st_size, stat.st_mtime_ns)

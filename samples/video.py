@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.samples.errors import DataError
+from fulgurite.samples.picture import file_identity
 
 if TYPE_CHECKING:
     import av
@@ -103,15 +104,7 @@ class Video:
     @property
     def identity(self) -> tuple[str, int, int]:
         """Path, size in bytes and time of change: equal as long as the file was not written again."""
-        try:
-            stat = self.path.stat()
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot read the video file: {error.strerror}") from error
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: not a file, so it cannot be read as a video")
-        if stat.st_size == 0:
-            raise DataError(f"{self.path}: the video file is empty (0 bytes)")
-        return (os.fspath(self.path), stat.st_size, stat.st_mtime_ns)
+        return file_identity(self.path, "video")
 
     def _index(self) -> _Index:
         return _read_index(self.identity)

@@ -54,7 +54,7 @@ def refuse(encoder, waiting, batch_frames):
 def test_a_fit_finds_all_features(own, capsys, monkeypatch, options):
     argv = [*RECORD, "--data.root=own", "--data.feature_cache=cache", *options]
     assert main(["features", *argv, "--num_workers=0", "--device=cpu"]) == 0
-    assert f"5 of 5 videos have features in {own.parent / 'cache'}" in capsys.readouterr().out
+    assert f"5 of 5 files have features in {own.parent / 'cache'}" in capsys.readouterr().out
     monkeypatch.setattr(features, "_encode", refuse)
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert main(["fit", *argv, *quiet, "--run=run"]) == 0
@@ -67,7 +67,7 @@ def test_a_bad_video_is_named_or_left_out(own, capsys):
     argv = ["features", *RECORD, "--data.root=own", "--data.feature_cache=cache", "--num_workers=0"]
     assert main(argv) == 2
     said = capsys.readouterr()
-    assert "4 of 5 videos" in said.out
+    assert "4 of 5 files" in said.out
     assert "3.mp4" in said.err
     assert main([*argv, "--data.on_bad=skip"]) == 0
 
@@ -124,4 +124,4 @@ def test_what_a_constructor_refuses_is_told_with_its_option(own, capsys, options
 
 def test_options_of_a_record_may_be_written_with_hyphens(own, capsys):
     assert main(["features", *RECORD, "--data.root=own", "--data.feature_cache=cache", "--num-workers=0"]) == 0
-    assert "5 of 5 videos" in capsys.readouterr().out
+    assert "5 of 5 files" in capsys.readouterr().out

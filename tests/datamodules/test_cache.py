@@ -4,13 +4,16 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.datamodules.cache import fill_features
 from fulgurite.datamodules.jsonl import JsonlDataModule
-from fulgurite.samples import DataError
-from fulgurite.samples.features import FeatureExtractor, FeatureStore, video_key
+from fulgurite.samples import DataError, DataInfo, Picture, Sample
+from fulgurite.samples.features import FeatureExtractor, FeatureStore, StoredFeatures, video_key
 from fulgurite.samples.sampling import FrameSampling
 
 SAMPLING = FrameSampling("uniform", 2)
@@ -100,3 +103,55 @@ def test_without_a_trainer_an_attached_extractor_fills_the_cache(folder):
     frames = [as_floats(sample.video.frames(SAMPLING.indices(sample.video))) for sample in samples]
     expected = torch.stack([encoder(each) for each in frames])
     torch.testing.assert_close(Reads()(samples)["given"], expected.detach())
+
+
+class Album(FulguriteDataModule):
+    """One picture, two pictures that share a file with it by content, and one in memory."""
+
+    def __init__(self, folder, **loading):
+        super().__init__(**loading)
+        self.folder = folder
+
+    def info(self):
+        return DataInfo(("album",))
+
+    def read(self, split):
+        a, b, copy = (Picture(self.folder / f"{name}.png") for name in ("a", "b", "copy"))
+        drawn = torch.full((3, 4, 4), 7, dtype=torch.uint8)
+        return [
+            Sample("one", "album", image=a),
+            Sample("two", "album", images=(b, copy), num_images=2),
+            Sample("drawn", "album", image=drawn),
+        ]
+
+
+@pytest.fixture
+def album(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 255, (4, 6, 3), dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "copy.png").write_bytes((tmp_path / "a.png").read_bytes())
+    return tmp_path
+
+
+def test_pictures_in_files_have_stored_features(album):
+    data, encoder = Album(album, feature_cache=album / "cache", feature_dtype="float32"), Encoder(3.0)
+    one, two, drawn = fill_features(data, "train", data.samples("train"), FeatureExtractor(encoder, SAMPLING))
+    rows = [encoder(Picture(album / f"{name}.png").pixels()[None].float()).detach() for name in "aba"]
+    assert torch.equal(one.features["scaled"], rows[0])
+    assert torch.equal(two.features["scaled"], torch.cat(rows[1:]))
+    assert "scaled" not in drawn.features
+    assert isinstance(one.features, StoredFeatures)
+    assert len(FeatureStore(album / "cache", "float32").reader(encoder, SAMPLING)) == 2
+
+
+def test_a_picture_that_cannot_be_read_is_a_bad_sample(album):
+    (album / "b.png").write_bytes(b"no picture")
+    extractor = FeatureExtractor(Encoder(1.0), SAMPLING)
+    data = Album(album, feature_cache=album / "cache", on_bad="skip")
+    kept = fill_features(data, "train", data.samples("train"), extractor)
+    assert [sample.id for sample in kept] == ["one", "drawn"]
+    assert [entry["reason"].partition(":")[0] for entry in data.skipped] == [str(album / "b.png")]
+    strict = Album(album, feature_cache=album / "cache")
+    with pytest.raises(DataError, match=r"b\.png: cannot read the picture"):
+        fill_features(strict, "train", strict.samples("train"), extractor)
