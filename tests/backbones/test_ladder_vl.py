@@ -71,7 +71,7 @@ def test_text_and_vision_leaves_the_backbone_as_it_is(model):
 
 
 @pytest.mark.parametrize("ladder_inputs", ["text", "text_and_vision"])
-def test_visual_positions_are_not_scaled_to_nothing_by_padding(model, ladder_inputs):
+def test_padding_changes_no_other_row(model, ladder_inputs):
     """A row with fewer visual tokens gives the same when it is alone."""
     batch, labels = batch_of(), targets()
     with_ladder(model, ladder_inputs=ladder_inputs)

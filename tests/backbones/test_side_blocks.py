@@ -19,6 +19,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fulgurite.backbones.side_blocks import side_blocks_of
 from fulgurite.backbones.specs import spec_of
@@ -137,6 +138,19 @@ def test_decoding_with_caches_is_decoding_anew(family, beams):
     assert torch.equal(cached.sequences, anew.sequences)
     for one, other in zip(cached.scores, anew.scores, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_heads_turn_as_those_of_a_small_model():
+    _, _, run, _, ladder = build("llama", reduction=2)
+    seen = []
+    attention = ladder.stacks[0].blocks["1"].self_attn
+    attention.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
+    )
+    run()
+    small = LlamaRotaryEmbedding(LlamaConfig(**DECODER | {"head_dim": 4}))
+    for found, expected in zip(seen[0], small(IDS.float(), torch.arange(6)[None])):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
