@@ -28,6 +28,7 @@ from fulgurite.checkpoints.atomic import resolve
 from fulgurite.checkpoints.sources import open_source
 from fulgurite.datamodules.base import FulguriteDataModule
 from fulgurite.methods.ranks import ALONE, Ranks
+from fulgurite.samples.dataset import drawn_samples
 from fulgurite.samples.loader import ResumableLoader
 
 MADE_FROM = "made_from"
@@ -80,8 +81,7 @@ class Context:
         if not 0 < num_samples <= len(samples):
             of = "" if domains is None else f" of {', '.join(domains)}"
             raise ValueError(f"calibration with {num_samples} of {len(samples)} training samples{of}: choose fewer")
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
-        return data.loader("val", [samples[i] for i in order[:num_samples].tolist()], "calibration")
+        return data.loader("val", drawn_samples(samples, num_samples, seed), "calibration")
 
     def evaluate(self, path: Path, split: str = "val") -> dict[str, float]:
         """Scores by name of the weights in ``path``; a collective. LookupError where nothing can evaluate."""

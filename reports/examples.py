@@ -14,7 +14,7 @@ from html import escape
 from typing import Any
 
 from fulgurite.reports.images import thumbnail_tag
-from fulgurite.samples import DataError, Sample
+from fulgurite.samples import DataError, Sample, pixels_of
 
 Answer = Mapping[str, Any]
 Key = tuple[str, str]
@@ -113,7 +113,7 @@ def example_html(answer: Answer, sample: Sample | None, modes: Mapping[str, str]
     """
     question = (sample.question if sample is not None else None) or f"Question {answer['id']}"
     where = " · ".join(str(part) for part in (answer["domain"], answer["kind"], outcome) if part)
-    lines = [f"<dt>accepted</dt><dd>{escape(_accepted(answer['gold']))}</dd>"]
+    lines = [f"<dt>accepted</dt><dd>{escape(accepted(answer['gold']))}</dd>"]
     for mode, name in modes.items():
         score = credit(answer, mode)
         style, mark = ("right", "✓") if score > 0 else ("wrong", "✗")
@@ -122,7 +122,7 @@ def example_html(answer: Answer, sample: Sample | None, modes: Mapping[str, str]
         lines.append(f'<dt>{escape(name)}</dt><dd><span class="{style}">{escape(text)}</span></dd>')
     return (
         f'<article class="example"><div class="where">{escape(where)}</div>'
-        f'<div class="question">{escape(question)}</div>{_frames(sample, frames)}'
+        f'<div class="question">{escape(question)}</div>{media_html(sample, frames)}'
         f'<dl class="answers">{"".join(lines)}</dl>{_weights(answer["weights"])}</article>'
     )
 
@@ -133,21 +133,26 @@ def evenly_spread(length: int, number: int) -> list[int]:
     return [(2 * i + 1) * length // (2 * number) for i in range(number)]
 
 
-def _accepted(gold: Mapping[str, float]) -> str:
+def accepted(gold: Mapping[str, float]) -> str:
+    """The best four of some answers, with scores that are not whole."""
     best = sorted(gold.items(), key=lambda item: -item[1])[:4]
     return ", ".join(a if s >= 1 else f"{a} ({100 * s:.0f} %)" for a, s in best) or "none known"
 
 
-def _frames(sample: Sample | None, number: int) -> str:
-    if sample is None or sample.video is None:
-        return '<p class="note">No video file behind this question.</p>'
+def media_html(sample: Sample | None, number: int = 5) -> str:
+    """The pictures of a sample, or some frames of its video; a note where they are not at hand or cannot be read."""
+    if sample is None or (sample.video is None and not sample.has("image|images")):
+        return '<p class="note">No video or picture file behind this question.</p>'
     try:
-        indices = evenly_spread(sample.video.num_frames, number)
-        pictures = sample.video.frames(indices)
+        if sample.video is not None:
+            indices = evenly_spread(sample.video.num_frames, number)
+            pictures = list(zip([f"frame {i}" for i in indices], sample.video.frames(indices)))
+        else:
+            images = sample.images or (sample.image,)
+            pictures = [(f"picture {i}", pixels_of(image)) for i, image in enumerate(images, start=1)]
     except DataError as error:
-        return f'<p class="note">The frames could not be read: {escape(str(error))}</p>'
-    tags = "".join(thumbnail_tag(p, f"frame {i}") for i, p in zip(indices, pictures))
-    return f'<div class="frames">{tags}</div>'
+        return f'<p class="note">The pictures could not be read: {escape(str(error))}</p>'
+    return f'<div class="frames">{"".join(thumbnail_tag(picture, name) for name, picture in pictures)}</div>'
 
 
 def _weights(weights: Mapping[str, float]) -> str:
