@@ -294,6 +294,16 @@ def test_moved_and_equal_and_gone_files(index, clips, out, module, command):
     assert "The index has 12 videos: all are shown." in printed
 
 
+def test_a_file_that_can_no_longer_be_read_is_no_longer_listed(index, clips, out):
+    index()
+    spoilt = clips / "red" / sorted(path.name for path in (clips / "red").iterdir())[0]
+    spoilt.write_bytes(b"no video")
+    found = index(on_bad="skip")
+    listing = read_listing(out)
+    assert str(spoilt) not in listing.files
+    assert list(found.skipped) == list(listing.skipped) == [str(spoilt)]
+
+
 def test_two_folders_share_an_index(module, model, clips, out):
     origin = Origin(read_manifest(model).digest, str(model))
     assert index_videos(module, clips / "red", out, origin).files == 6
