@@ -86,6 +86,9 @@ class GenerationCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch. Raises DataError naming a sample that does not fit."""
+        paired = next((sample.id for sample in samples if sample.text_pair is not None), None)
+        if paired is not None:
+            raise DataError(f"sample {paired!r} has two texts, and this model reads one: set data.form=text")
         texts = [self.template.replace("{}", sample.question or "") for sample in samples]
         cut = self.long_text == "cut"
         batch = sample_fields(samples)

@@ -51,6 +51,11 @@ def test_an_empty_question_is_a_text(model):
     assert batch["text"].tolist() == [[101, 102]]
 
 
+def test_a_second_text_is_not_passed_over(model):
+    with pytest.raises(DataError, match=r"'two' has two texts, and this model reads one: set data[.]form=text"):
+        model.collator("fit")([sample(), sample("two", text_pair="and this")])
+
+
 def test_longer_texts_are_cut_where_told_and_an_error_elsewhere(make_generative):
     long = sample(question="what " * 30)
     model = make_generative("bart", tokenizer=True, max_tokens=6)
