@@ -28,8 +28,9 @@ PICTURES = [  # which test_pictures.py runs
     "configs/tiny/image_encoder.yaml",
 ]
 RETRIEVAL = [p for p in RECORDS if re.match(r"configs/(retrieval/|tiny/open_clip)", p)]  # test_retrieval_records.py
+ADAPTERS = [p for p in RECORDS if re.match(r"configs/(adapters/|tiny/(vl|text|llava))", p)]  # test_adapter_records.py
 TWO_PROCESSES = ["configs/merge/stages.yaml"]  # by their strategy; here in one
-OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL)]
+OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL, *ADAPTERS)]
 
 
 def header(path):
