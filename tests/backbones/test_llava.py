@@ -135,23 +135,21 @@ def test_text_stands_in_the_template_and_answers_end():
         model.collator("fit")([sample, Sample("two", "d", question="what " * 9, features=sample.features)])
 
 
-def test_the_first_blocks_alone_are_the_whole_model_whose_other_blocks_add_nothing(model):
-    first, batch = build(layers=1), batch_of()
-    last = model.language.model.layers[1]
-    for writes in (last.self_attn.o_proj, last.mlp.down_proj):
+def test_some_blocks_alone_are_the_whole_model_whose_other_blocks_add_nothing():
+    three = {"num_hidden_layers": 3}
+    model, short, batch = build(three), build(three, kept=[0, 2]), batch_of()
+    without = model.language.model.layers[1]
+    for writes in (without.self_attn.o_proj, without.mlp.down_proj):
         torch.nn.init.zeros_(writes.weight)
-    assert len(first.language.model.layers) == 1
-    assert first.spec.point_names(first, "decoder_block") == ["language.model.layers.0"]
-    for name, weight in model.state_dict().items():
-        if not name.startswith("language.model.layers.1."):
-            first.state_dict()[name].copy_(weight)
-    torch.testing.assert_close(first(batch, TARGETS), model(batch, TARGETS))
-    assert torch.equal(first.generate_ids(batch, max_new_tokens=4), model.generate_ids(batch, max_new_tokens=4))
+    assert short.spec.point_names(short, "decoder_block") == ["language.model.layers.0", "language.model.layers.1"]
+    torch.testing.assert_close(short(batch, TARGETS), model(batch, TARGETS))
+    assert torch.equal(short.generate_ids(batch, max_new_tokens=4), model.generate_ids(batch, max_new_tokens=4))
 
 
 def test_options_that_do_not_fit():
-    with pytest.raises(ValueError, match="layers=3, but the language model has 2 blocks"):
-        build(layers=3)
+    for kept in ([], [1, 0], [0, 2]):
+        with pytest.raises(ValueError, match="rising from 0 to 1"):
+            build(kept=kept)
     with pytest.raises(ValueError, match="where the question goes"):
         build(template="Question:")
     with pytest.raises(ValueError, match="pretrained: false"):
