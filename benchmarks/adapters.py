@@ -102,7 +102,7 @@ def forms_of(frozen: nn.Module, family: str, layers: int) -> dict[str, Callable[
 
     def banked(point: str, kind: Callable[..., nn.Module], against: str | None = None) -> Form:
         model = copy.deepcopy(frozen)
-        bank = AdapterBank(model, [Placement([point], kind)], sets=(), spec=spec)
+        bank = AdapterBank(model, [Placement([point], kind)], sets=(), spec=spec).eval()  # no dropout either
         return Form(model, bank.parameters_of("live"), against, bank)
 
     mask = partial(SparseMask, density=0.005, score="random")

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 import fulgurite
-from fulgurite.checkpoints import DamagedError, MissingError, load_tensors, read_manifest, save_checkpoint_folder
+from fulgurite.checkpoints import (
+    DamagedError,
+    MismatchError,
+    MissingError,
+    load_tensors,
+    read_manifest,
+    save_checkpoint_folder,
+)
 from fulgurite.checkpoints.atomic import inject_faults
 from fulgurite.cli import main
 from fulgurite.methods.retrieval.clip4clip import Clip4Clip
@@ -18,7 +25,7 @@ from fulgurite.methods.retrieval.ucofia import Ucofia
 from fulgurite.modules.video_indexing import index_videos
 from fulgurite.modules.video_search import search_videos
 from fulgurite.modules.video_text_retrieval import VideoTextRetrieval
-from fulgurite.samples import DataInfo, Sample, Stage, Video
+from fulgurite.samples import DataError, DataInfo, Sample, Stage, Video
 from fulgurite.samples.video_index import Listing, Origin, Shards, VideoIndex, read_listing
 
 QUERIES = ("a red box", "a green box on the left", "something")
@@ -302,6 +309,23 @@ def test_a_file_that_can_no_longer_be_read_is_no_longer_listed(index, clips, out
     listing = read_listing(out)
     assert str(spoilt) not in listing.files
     assert list(found.skipped) == list(listing.skipped) == [str(spoilt)]
+
+
+def test_numbers_that_a_type_cannot_hold_are_not_stored(out):
+    features = VideoFeatures(torch.tensor([[1.0, 2.0], [1.0, 1e6]]))
+    with pytest.raises(DataError, match=r"digest two are not finite in float16; set --dtype float32"):
+        Shards(out).add(["one", "two"], features, Origin("model", "somewhere", "float16"))
+    assert not shards_of(out)
+    Shards(out).add(["one", "two"], features, Origin("model", "somewhere", "float32"))
+
+
+def test_shards_of_two_models_are_no_index(out, tmp_path):
+    features = VideoFeatures(torch.ones(1, 2))
+    for folder, digest in ((out, "one"), (tmp_path / "other", "two")):
+        Shards(folder).add([digest], features, Origin(digest, "somewhere", "float32"))
+    shutil.copytree(tmp_path / "other" / "shard-00000", out / "shard-00001")
+    with pytest.raises(MismatchError, match="features of two models cannot be compared"):
+        Shards(out)
 
 
 def test_two_folders_share_an_index(module, model, clips, out):
