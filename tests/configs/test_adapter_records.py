@@ -114,9 +114,9 @@ def init_args(record, name):
     return next(each[name] for each in reversed(given) if name in each)
 
 
-def test_every_record_has_its_row():
-    small = {"easy_vqa", "emoji_captions"}  # test_small_adapters.py
-    assert {path.stem for path in (ROOT / "configs" / "adapters").glob("*.yaml")} == ROWS.keys() | small
+def test_every_published_record_has_its_row():
+    names = {path.stem for path in (ROOT / "configs" / "adapters").glob("*.yaml")}
+    assert {name for name in names if name.startswith(("vl_", "lst_", "fish_"))} == ROWS.keys()
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +127,6 @@ def build(tmp_path_factory):
         parser.add_argument("--config", action="config")
         parser.add_subclass_arguments(LightningModule, "model", fail_untyped=False)
     folder = tmp_path_factory.mktemp("documents")
-    patch = pytest.MonkeyPatch()
-    for draw in ("normal_", "uniform_"):  # which has nothing to fill, and takes its time
-        patch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
 
     def make(*documents):
         models = [{"model": document["model"]} for document in documents]
@@ -140,11 +137,12 @@ def build(tmp_path_factory):
         with imports_allowed(()):
             import_named((), models)
             parsed = parser.parse_args(argv)
-            with torch.device("meta"):
+            with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+                for draw in ("normal_", "uniform_"):  # which has nothing to fill, and takes its time
+                    patch.setattr(torch.Tensor, draw, lambda tensor, *args, **kwargs: tensor)
                 return parser.instantiate(parsed).model
 
-    yield make
-    patch.undo()
+    return make
 
 
 def of_size(record, backbone=None):
