@@ -40,6 +40,7 @@ class FrozenBackbone(nn.Module, ABC):
     Attributes:
         derived: names of the buffers that are computed from the weights, and so change with them.
         never_tuned: patterns of parameters that full fine-tuning leaves frozen.
+        called_apart: names of modules inside blocks that are also called outside of these.
 
     Args:
         train_dropout: ``"official"`` keeps the pretrained model's dropout active while training, as the
@@ -50,6 +51,7 @@ class FrozenBackbone(nn.Module, ABC):
     source: str
     derived: tuple[str, ...] = ()
     never_tuned: tuple[str, ...] = ()
+    called_apart: tuple[str, ...] = ()
 
     def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
         super().__init__()

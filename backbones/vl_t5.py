@@ -113,3 +113,4 @@ class VLT5(VisionLanguageSeq2Seq):
     def build_spec(self) -> None:
         """As in the base."""
         self.spec = t5_spec(self.language.config, self.visual_parts)
+        self.called_apart = ("language.encoder.block.0.layer.0.SelfAttention.relative_attention_bias",)

@@ -10,17 +10,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fulgurite.backbones.base import FrozenBackbone
 from fulgurite.checkpoints import MismatchError
 from fulgurite.checkpoints.shards import Stored
 from fulgurite.methods.structure import ModelSpec
 
 
-def shard_blocks(module: nn.Module, backbone: nn.Module, spec: ModelSpec, mesh: DeviceMesh) -> None:
+def shard_blocks(module: nn.Module, backbone: FrozenBackbone, spec: ModelSpec, mesh: DeviceMesh) -> None:
     """Make every block of the backbone's towers a unit, and the rest of ``module`` the root unit.
 
-    Frozen scalars, which FSDP2 refuses, stay whole.
+    Modules of blocks that the backbone calls apart are units of their own. Frozen scalars, which FSDP2 refuses, stay
+    whole.
     """
     backbone.to(memory_format=torch.contiguous_format)  # FSDP2 takes no channels-last weights
+    for name in backbone.called_apart:
+        fully_shard(backbone.get_submodule(name), mesh=mesh)
     for tower in spec.towers:
         for name in spec.block_names(backbone, tower.name):
             fully_shard(backbone.get_submodule(name), mesh=mesh)
