@@ -183,9 +183,12 @@ class AdaptedModule(pl.LightningModule, ABC):
         self.enter_stage()
 
     def on_train_epoch_start(self) -> None:
-        """Stages begin at epoch starts."""
+        """Stages begin at epoch starts, and adapters on a schedule take their values of the epoch."""
         self.stage_complete = False
         self.enter_stage()
+        for adapter in self.bank.adapters_of("live").values():
+            if hasattr(adapter, "start_epoch"):
+                adapter.start_epoch(self.trainer.current_epoch)
 
     @property
     def ends_stage(self) -> bool:

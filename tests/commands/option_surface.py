@@ -82,7 +82,8 @@ def nameable() -> list[type]:
         found |= new
         texts = [text for each in new.values() for text, _ in parameters(each).values()]
         words = {word for text in texts for word in re.findall(r"\w+", text)}
-        types |= {classes[word] for word in words if word in classes}
+        # A protocol is what functions give back, and no class that a config names.
+        types |= {c for word in words if (c := classes.get(word)) and not getattr(c, "_is_protocol", False)}
     return sorted((c for c in found.values() if not inspect.isabstract(c)), key=path)
 
 

@@ -129,7 +129,9 @@ def test_an_optimizer_of_another_class_has_its_own_defaults(command, videos, tmp
     assert (written["init_args"]["betas"], written["init_args"]["eps"]) == ([0.9, 0.98], 1e-6)
 
 
-@pytest.mark.parametrize("record", ["ucofia_msr_vtt.yaml", "quickstart.yaml", "continual.yaml"])
+@pytest.mark.parametrize(
+    "record", ["ucofia_msr_vtt.yaml", pytest.param("quickstart.yaml", marks=pytest.mark.slow), "continual.yaml"]
+)
 @pytest.mark.usefixtures("compared_in_process")
 def test_a_resumed_run_ends_with_the_same_bits(record, command, videos, tmp_path):
     """All weights, adapters with a head, and a stream; the selection of patches is random while training."""
