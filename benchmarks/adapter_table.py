@@ -94,7 +94,7 @@ class Drawn(EasyVqa):
 
 
 def blind_scores(data: EasyVqa) -> dict[str, float]:
-    """Accuracy in per cent of the most frequent answer of the training questions, and of the one to each question's words."""
+    """Accuracy in per cent of the training questions' most frequent answer, and of the one to each question's words."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in data.samples("train"):
         answers[sample.question].update(sample.answers)
