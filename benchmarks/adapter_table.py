@@ -66,7 +66,11 @@ KINDS: dict[str, tuple[float, list[str] | None, Callable[..., nn.Module] | None]
     "IA3": (1e-2, ["attention_key", "attention_value", "feed_forward_output"], IA3),
     "prompt 16": (1e-3, ["decoder_prompt"], functools.partial(SoftPrompt, length=16, hidden=None)),
     "LST /8": (1e-3, ["embedded", "decoder_block", "read_out"], functools.partial(LadderSide, reduction=8)),
-    "FISH 0.5 %": (1e-3, ["parameters"], functools.partial(SparseMask, density=0.005, samples=128)),
+    "FISH 0.5 %": (
+        1e-3,
+        ["parameters"],
+        functools.partial(SparseMask, density=0.0235, samples=128, whole=[r"projector\..*"]),  # the projector is 1.85 %
+    ),
     "full": (1e-4, None, None),
 }
 
@@ -115,7 +119,8 @@ def module_of(name: str, backbone: Llava, seed: int) -> VisionLanguageGeneration
     rate, points, kind = KINDS[name]
     placements = None
     if points is not None:
-        placements = [Placement(["projector"], Replace)]
+        # A mask reaches the projector itself, where it keeps all.
+        placements = [] if kind is not None and "parameters" in points else [Placement(["projector"], Replace)]
         placements += [] if kind is None else [Placement(points, kind)]
     return VisionLanguageGeneration(
         backbone,
