@@ -84,8 +84,9 @@ class AnsweringModule(AdaptedModule):
         if self.shares_tasks:
             self.task_gradients.settle()
 
-    def on_before_zero_grad(self, optimizer: Any) -> None:
-        """Tasks are counted from step to step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Tasks are counted from step to step, whatever is accumulated."""
+        super().optimizer_step(*args, **kwargs)
         self.task_gradients.clear()
 
     @abstractmethod

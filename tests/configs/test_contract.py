@@ -19,6 +19,10 @@ PICTURE_DATAMODULES = ["ImageFolder", "Pictures", "UnlabelledTasks"]
 # Their pairs are in test_retrieval_records.py.
 RETRIEVAL_MODULES = ["ContinualRetrieval", "VideoTextRetrieval"]
 CAPTION_DATAMODULES = ["ActivityNet", "CaptionWorlds", "CaptionedVideos", "Didemo", "Lsmdc", "MsrVtt", "Msvd", "Vatex"]
+# Their pairs are in test_generation_pairs.py.
+GENERATION_MODULES = ["TextTask", "VisionLanguageGeneration"]
+GENERATION_DATAMODULES = ["CaptionedPictures", "CocoCaptions", "EasyVqa", "Glue", "Gqa", "How2Qa", "Nlvr2", "Tvc"]
+GENERATION_DATAMODULES += ["Tvqa", "VqaV2", "Yc2c"]
 # What a DataModule fills, by the backbone whose fields they are. The official sets have CLIP features and raw videos.
 FILLED = {"PrefixEncoder": ALL_DATAMODULES, "FrozenBiLM": ["VideoQADataModule", "SixDomains"]}
 
@@ -140,5 +144,15 @@ def test_no_module_or_datamodule_is_missing_in_the_lists():
             for base, names in found.items():
                 if issubclass(each, base) and not inspect.isabstract(each):
                     names.add(name)
-    assert found[pl.LightningModule] == {*ALL_MODULES, *PICTURE_MODULES, *RETRIEVAL_MODULES}
-    assert found[pl.LightningDataModule] == {*ALL_DATAMODULES, *PICTURE_DATAMODULES, *CAPTION_DATAMODULES}
+    assert found[pl.LightningModule] == {
+        *ALL_MODULES,
+        *PICTURE_MODULES,
+        *RETRIEVAL_MODULES,
+        *GENERATION_MODULES,
+    }
+    assert found[pl.LightningDataModule] == {
+        *ALL_DATAMODULES,
+        *PICTURE_DATAMODULES,
+        *CAPTION_DATAMODULES,
+        *GENERATION_DATAMODULES,
+    }

@@ -129,7 +129,7 @@ class Steps(pl.Callback):
     def __init__(self):
         self.losses, self.tasks, self.gradients = [], [], {}
 
-    def on_after_backward(self, trainer, pl_module):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if not self.gradients:
             for name, parameter in pl_module.named_parameters():
                 if parameter.grad is not None:

@@ -7,8 +7,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
+from fulgurite.methods.adapters.ladder import LadderSide
+from fulgurite.methods.adapters.ladder_start import copy_pruned
 from fulgurite.methods.adapters.per_task import PerTask
+from fulgurite.modules.generation_tasks import sampled_answers
 from fulgurite.samples import DataError
+from fulgurite.samples.dataset import drawn_samples
 
 NO_CAPTIONS = ("vqa", "nlvr2")
 
@@ -73,8 +77,6 @@ def test_the_loss_of_each_task_written_out(kit, tmp_path):
     data = kit.toys(("vqa", "nlvr2"), batch_sizes=[5, 10])
     steps = kit.Steps()
     kit.trainer_of(tmp_path, callbacks=[steps], limit_val_batches=0).fit(model, datamodule=data)
-    from fulgurite.modules.generation_tasks import sampled_answers
-
     for step, batch in enumerate(data.train_dataloader()):
         texts, scores = sampled_answers(batch, 0, 0)
         expected = []
@@ -145,3 +147,34 @@ def test_the_backbone_itself_trains_where_adapters_are_null(kit, tmp_path):
         kit.module(adapters=list)
     with pytest.raises(ValueError, match="frozen is for training"):
         kit.module(frozen=["x"])
+
+
+def test_a_ladder_is_pruned_by_the_squared_gradients_of_the_backbone_on_text_alone(kit, tmp_path):
+    def ladder():
+        points = ["embedded", "encoder_block", "decoder_block", "read_out"]
+        return [Placement(points, functools.partial(LadderSide, reduction=2, init="fisher", samples=5))]
+
+    model = kit.module(adapters=ladder, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0))
+    data = kit.toys(NO_CAPTIONS)
+    kit.trainer_of(tmp_path, limit_val_batches=0, limit_train_batches=1).fit(model, datamodule=data)
+    plain, collator = kit.module(adapters=None), model.collator("fit")
+    sums = {name: torch.zeros_like(p) for name, p in plain.backbone.named_parameters()}
+    for sample in drawn_samples(data.samples("train"), 5, 0):
+        batch = collator([sample])
+        (text,), (score,) = sampled_answers(batch, 0, 0)
+        del batch["features"], batch["picture"]
+        targets = plain.backbone.target_batch([text])["targets"]
+        plain.zero_grad()
+        loss = torch.nn.functional.cross_entropy(plain.backbone(batch, targets)[0], targets[0])
+        (loss * (score if sample.task == "vqa" else 1)).backward()
+        for name, parameter in plain.backbone.named_parameters():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad**2
+    fresh = kit.module(adapters=ladder)
+    (expected,) = fresh.bank.adapters_of("live").values()
+    copy_pruned(expected, fresh.backbone, fresh.backbone.spec, sums)
+    for name in ("live", "initial"):
+        (own,) = model.bank.adapters_of(name).values()
+        for side, theirs in zip(own.stacks, expected.stacks):
+            for ours, tensor in zip(side.blocks.parameters(), theirs.blocks.parameters()):
+                torch.testing.assert_close(ours, tensor)
