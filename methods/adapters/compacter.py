@@ -22,7 +22,7 @@ from fulgurite.methods.adapters.down_up import Activation, DownUp, Init, inner_w
 from fulgurite.methods.adapters.kept import Kept
 
 
-class Rule(nn.Module):
+class PHMRule(nn.Module):
     """The A of a PHM layer, (n, n, n)."""
 
     def __init__(self, division: int) -> None:
@@ -56,7 +56,7 @@ class PHMLinear(nn.Module):
         out_features: int,
         division: int = 4,
         rank: int | None = None,
-        rule: Rule | None = None,
+        rule: PHMRule | None = None,
     ) -> None:
         super().__init__()
         if division < 1 or in_features % division or out_features % division:
@@ -70,7 +70,7 @@ class PHMLinear(nn.Module):
         self.division, self.rank = division, rank
         shape = (division, in_features // division, out_features // division)
         if rule is None:
-            self.rule = Rule(division)
+            self.rule = PHMRule(division)
         else:
             self.link(rule)
         if rank is None:
@@ -81,7 +81,7 @@ class PHMLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         self._kept = Kept()
 
-    def link(self, rule: Rule) -> None:
+    def link(self, rule: PHMRule) -> None:
         """Compute with an A that is stored elsewhere."""
         self.__dict__["rule"] = rule
 
@@ -174,7 +174,7 @@ class Compacter(DownUp):
     ) -> None:
         width = site_width(dim)
         inner = inner_width(width, reduction)
-        rule = Rule(division) if one_rule else None
+        rule = PHMRule(division) if one_rule else None
         down = PHMLinear(width, inner, division, rank, rule)
         super().__init__(down, PHMLinear(inner, width, division, rank, rule), scale, dropout, activation, init)
         if rule is not None:

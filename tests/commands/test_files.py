@@ -274,7 +274,7 @@ def test_features_are_stored_once(tmp_path, monkeypatch, capsys):
     encoder = "{class_path: TimmFrameEncoder, init_args: {model: resnet18, weights: null, size: 32, grid: 0}}"
     argv = ["features", f"--encoder={encoder}", "--videos=[videos]", "--num_workers=0", "--sampling.count=4"]
     assert main(argv) == 0
-    assert "1 of 1 videos" in capsys.readouterr().out
+    assert "1 of 1 files" in capsys.readouterr().out
     stored = sorted(tmp_path.glob(".cache/features/*/*/*.safetensors"))
     assert len(stored) == 1
     assert main(["verify", ".cache/features"]) == 0
@@ -285,6 +285,6 @@ def test_features_are_stored_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     assert main(argv) == 2
     out, err = capsys.readouterr()
-    assert "1 of 2 videos" in out
+    assert "1 of 2 files" in out
     assert "broken.mp4" in err
     assert stored[0].stat().st_mtime_ns == time
