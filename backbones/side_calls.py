@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from fulgurite.methods.adapters.ladder_stack import SideCall
 CACHES = ("cache", "past_key_values")  # what the library calls the argument
 
 
-class ConfiguredBlocks:
+class ConfiguredBlocks(ABC):
     """Blocks of transformers that are built from a configuration.
 
     Args:
@@ -41,9 +42,9 @@ class ConfiguredBlocks:
         self.width = getattr(config, shrunk[0])
         self.parts = self.parts_of(block)
 
+    @abstractmethod
     def parts_of(self, block: nn.Module) -> list[Part]:
         """The layers of a block in the order of the data."""
-        raise NotImplementedError
 
     def small(self, reduction: int) -> Any:
         """The configuration with the sizes divided.

@@ -280,7 +280,7 @@ def test_limits_of_the_gate():
     for stack in ladder.stacks:
         stack.gates.data.fill_(math.inf)
     _, alone = with_ladder(other := build(), kept=[[2], [2]], gate="one")
-    alone.load_state_dict(ladder.state_dict(), strict=False)
+    alone.load_state_dict(ladder.state_dict(), strict=False)  # it has no gates and no D_i
     torch.testing.assert_close(model(**batch).logits, other(**batch).logits)
     for stack in ladder.stacks:
         stack.gates.data.fill_(-math.inf)
