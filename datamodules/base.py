@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader
 from fulgurite.checkpoints.atomic import write_text
 from fulgurite.datamodules.cache import fill_features
 from fulgurite.datamodules.files import Folder
+from fulgurite.datamodules.processes import check_trainer, epochs_of, rank_and_world
 from fulgurite.samples import (
     Collator,
     DataError,
     DataInfo,
     Sample,
     Stage,
-    batches_within,
     check_fields,
     check_picklable,
 )
@@ -141,7 +141,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
         domains = self.info().domains
         name = domains[0] if len(domains) == 1 else "all"
         batches = self._num_batches(self.samples("train"))
-        return [Stage(name, domains, self._epochs(batches), batches)]
+        return [Stage(name, domains, epochs_of(self, batches), batches)]
 
     def trainer_options(self) -> dict[str, Any]:
         """What the command line gives the Trainer in place of Lightning's own defaults: here the end is asked of
@@ -308,7 +308,7 @@ class FulguriteDataModule(LightningDataModule, ABC):
 
     def _sampler(self, split: Split, samples: Sequence[Sample]) -> GlobalBatchSampler:
         """The order of ``samples`` and their batches, for this process."""
-        rank, world = self._rank_and_world()
+        rank, world = rank_and_world(self.trainer)
         size = self.batch_size if split == "train" else self.eval_batch_size
         return GlobalBatchSampler(len(samples), size, rank, world, self._shuffles(split), self.seed)
 
@@ -367,37 +367,8 @@ class FulguriteDataModule(LightningDataModule, ABC):
     def _num_batches(self, samples: Sequence[Sample]) -> int:
         return -(-len(samples) // self.batch_size)
 
-    def _epochs(self, batches: int) -> int:
-        trainer = self.trainer
-        if trainer is None or trainer.state.fn != TrainerFn.FITTING:
-            return 1
-        if (trainer.max_epochs or 0) > 0:
-            return trainer.max_epochs
-        if trainer.max_steps <= 0:
-            raise DataError(
-                f"{type(self).__name__}: set trainer.max_epochs or trainer.max_steps, to say when a fit ends"
-            )
-        steps = -(-batches_within(batches, trainer.limit_train_batches) // trainer.accumulate_grad_batches)
-        return -(-trainer.max_steps // max(steps, 1))
-
-    def _rank_and_world(self) -> tuple[int, int]:
-        if self.trainer is None or self.trainer.world_size == 1:
-            return 0, 1
-        shares = self.trainer.distributed_sampler_kwargs
-        return shares["rank"], shares["num_replicas"]
-
     def _check_trainer(self) -> None:
-        _, world = self._rank_and_world()
-        if self.batch_size % world:
-            raise DataError(
-                f"batch_size={self.batch_size} is the number of samples per step over all processes together "
-                f"and does not divide by {world} of them: set data.batch_size to a multiple of {world}"
-            )
-        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise DataError(
-                "The samples are shared out over processes already; Lightning would share them out "
-                "once more: set trainer.use_distributed_sampler to false"
-            )
+        check_trainer(self.trainer, self.batch_size)
 
     def _log_counts(self, split: Split, samples: Sequence[Sample]) -> None:
         kept = Counter(s.domain for s in samples)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
 from fulgurite.datamodules.continual import ContinualDataModule
+from fulgurite.datamodules.processes import epochs_of, rank_and_world
 from fulgurite.samples import DataError, Sample, Stage
 from fulgurite.samples.sampler import GlobalBatchSampler
 from fulgurite.samples.task_sampler import MixedTaskSampler, TaskBatchSampler, shares, whole_passes
@@ -54,7 +55,7 @@ class MultiTask(ContinualDataModule):
     def stages(self) -> list[Stage]:
         """One stage over all tasks, as long as the trainer says."""
         batches = self._num_batches(self.samples("train"))
-        return [Stage("all", self.info().domains, self._epochs(batches), batches)]
+        return [Stage("all", self.info().domains, epochs_of(self, batches), batches)]
 
     def trainer_options(self) -> dict[str, Any]:
         """As of a single data set: the trainer's steps or epochs say when a fit ends."""
@@ -65,7 +66,7 @@ class MultiTask(ContinualDataModule):
 
     def _check_trainer(self) -> None:
         super()._check_trainer()
-        _, world = self._rank_and_world()
+        _, world = rank_and_world(self.trainer)
         if any(size % world for size in self.batch_sizes):
             raise DataError(
                 f"data.batch_sizes={self.batch_sizes} are numbers of samples per step over all processes together: "
@@ -76,7 +77,7 @@ class MultiTask(ContinualDataModule):
         return len(self._sampler("train", samples))
 
     def _sampler(self, split: Split, samples: Sequence[Sample]) -> GlobalBatchSampler:
-        rank, world = self._rank_and_world()
+        rank, world = rank_and_world(self.trainer)
         tasks = {name: task for task, data in enumerate(self.domains) for name in data.info().domains}
         groups: list[list[int]] = [[] for _ in self.domains]
         for place, sample in enumerate(samples):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
 from fulgurite.datamodules.continual import ContinualDataModule
+from fulgurite.datamodules.processes import epochs_of
 from fulgurite.samples import Sample, Stage
 from fulgurite.samples.loader import ResumableLoader
 
@@ -39,7 +40,7 @@ class UnlabelledTasks(ContinualDataModule):
     def stages(self) -> list[Stage]:
         """One stage, as long as the trainer says."""
         batches = max(self._num_batches(self._of([name], "train")) for name in self.info().domains)
-        return [Stage("all", self.info().domains, self._epochs(batches), batches)]
+        return [Stage("all", self.info().domains, epochs_of(self, batches), batches)]
 
     def trainer_options(self) -> dict[str, Any]:
         """As of a single data set: the trainer's steps or epochs say when a fit ends."""
