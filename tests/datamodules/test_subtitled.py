@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fulgurite.datamodules.subtitled import time_of
 from fulgurite.datamodules.tvc import Tvc, Yc2c
 from fulgurite.datamodules.tvqa import How2Qa, Tvqa
 from fulgurite.samples import DataError
@@ -87,8 +88,37 @@ def test_features_are_those_of_the_video_brought_to_the_frames_that_are_asked_fo
 
 def test_video_files_can_stand_in_for_features(own, clips):
     clips(own / "clips", [f"tv{i}.mp4" for i in range(4)])
-    sample = Tvc(own, videos="clips").samples("train")[0]
+    data = Tvc(own, videos="clips")
+    sample = data.samples("train")[0]
     assert (sample.video.path, len(sample.features)) == (own / "clips/tv0.mp4", 0)
+    assert data.folders == [own, own / "clips"]
+
+
+def test_files_are_those_that_are_named(own):
+    said = [{"text": "Hello "}, {"text": " there."}]
+    rows = [{"vid_name": "tv0", "sub": []}, {"vid_name": "tv1", "sub": said}]
+    (own / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = Tvqa(own, train="ann/tvqa/tvqa_val.jsonl", subtitles="said.jsonl", domain="mine")
+    assert [(s.speech, s.domain) for s in data.samples("train")] == [
+        (speech, "mine") for speech in (None, "Hello there.", None)
+    ]
+    assert data.samples("train")[0].question.startswith("[Subs] [Q]")
+    assert data.folders == [own, own / "vis_features/tv/clip-vit"]
+
+
+def test_videos_and_subtitles_are_read_once(video_root):
+    data = Tvqa(video_root, feature_width=8)
+    samples = data.samples("train")
+    assert samples[0].features is samples[4].features  # of the same video
+    assert samples[0].features is not samples[1].features
+    assert data.spoken() is data.spoken()
+
+
+def test_a_moment_is_a_text_or_two_numbers():
+    assert [time_of({"ts": value}, "here") for value in (" 3.10-9.75 ", [3.1, 9])] == ["(3.10-9.75)", "(3.1-9)"]
+    for value in ([3.1], " ", 5):
+        with pytest.raises(DataError, match="here: the key 'ts' must be a stretch of time"):
+            time_of({"ts": value}, "here")
 
 
 @pytest.mark.parametrize(
