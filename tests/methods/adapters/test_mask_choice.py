@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fulgurite.methods.adapters.mask_choice import chosen_positions, common_entries, num_chosen, position_type
+from fulgurite.methods.adapters.mask_choice import chosen_positions, common_entries, matching, num_chosen, position_type
 
 SIZES = {"a": 7, "head": 5, "b": 20_000, "c": 1}
 
@@ -46,6 +46,30 @@ def test_the_count_is_int_p_rho():
     assert num_chosen(100, 0.29, 0) == int(100 * 0.29) == 28
     assert num_chosen(334_000_000, 0.005, 2050) == 1_670_000
     assert (position_type(2**31), position_type(2**31 + 1)) == (torch.int32, torch.int64)
+    for density, heads, least in ((0.01, 0, "0.1"), (0.3, 4, "0.4")):
+        with pytest.raises(ValueError, match=f"set density to {least} or more"):
+            num_chosen(10, density, heads)
+    with pytest.raises(ValueError, match=r"density=1\.1: expected"):
+        num_chosen(10, 1.1, 0)
+
+
+def test_whole_tensors_are_named_by_full_patterns():
+    names = ["head.weight", "head.weight_g", "my_head.weight"]
+    assert matching(names, [r"head\.weight", r"my.*"]) == {"head.weight", "my_head.weight"}
+    with pytest.raises(LookupError, match="'tail' matches none of 3"):
+        matching(names, ["head.*", "tail"])
+
+
+def test_the_choice_takes_less_than_another_copy_of_the_scores():
+    """However many are chosen, of tensors that are looked at one by one."""
+    scores = {str(i): torch.rand(50_000, generator=torch.Generator().manual_seed(i)) for i in range(16)}
+    sizes = {name: len(tensor) for name, tensor in scores.items()}
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        chosen_positions(scores, sizes, 4000)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    assert 4 * 4000 < live.max() < sum(4 * size for size in sizes.values())
 
 
 def test_common_entries_are_those_of_both():

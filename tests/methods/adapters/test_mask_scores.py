@@ -22,13 +22,12 @@ class Classifier(nn.Sequential):
         self.spec = ModelSpec(towers=(), points={"parameters": ("[024]", 3)})
 
 
-def build(score, density=0.4):
+def build(score, density=0.4, seed=0):
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = Classifier().double()
-    bank = AdapterBank(
-        model.requires_grad_(False), [Placement(["parameters"], partial(SparseMask, density=density, score=score))], ()
-    )
+    kind = partial(SparseMask, density=density, score=score, seed=seed)
+    bank = AdapterBank(model.requires_grad_(False), [Placement(["parameters"], kind)], ())
     return model, bank.adapters_of("live")["placement-0"]
 
 
@@ -49,7 +48,7 @@ def logits(model, batch):
 def scores(score, size=N, ranks=None, part=slice(None), numbers=None, model_and_mask=None, **options):
     model, mask = model_and_mask or build(score)
     x, y = data()
-    batches = [tuple(zip_) for zip_ in zip(x[part].split(size), y[part].split(size))]
+    batches = [batch for batch in zip(x[part].split(size), y[part].split(size)) if len(batch[0])]
     function = losses if score.startswith("label") else logits
     return data_scores(mask, model, function, batches, numbers, ranks, **options)
 
@@ -60,12 +59,12 @@ def gradients(model, loss):
     )
 
 
-def slow(score):
+def slow(score, examples=None):
     """One backward pass for each example, or each of its classes."""
     model = Classifier().double().eval()
     model.load_state_dict(build(score)[0].state_dict())
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    for x, y in zip(*data()):
+    for x, y in zip(*data()) if examples is None else examples:
         surprise = -model(x[None]).log_softmax(-1)[0]
         chosen = [(1.0, surprise[y])] if score.startswith("label") else [(torch.exp(-s).item(), s) for s in surprise]
         for weight, loss in chosen:
@@ -103,6 +102,43 @@ def test_two_processes_sum_to_one(score, on_ranks):
 
     for found in on_ranks(2, share):
         close(found, alone, rtol=1e-6, atol=0)
+
+
+def test_a_process_without_examples_adds_nothing(on_ranks):
+    models, parts = [build("label") for _ in range(2)], (slice(0), slice(None))
+    for found in on_ranks(2, lambda r: scores("label", ranks=r, part=parts[r.rank], model_and_mask=models[r.rank])):
+        close(found, scores("label"), rtol=1e-6, atol=0)
+
+
+def test_a_sampled_score_is_that_of_one_class_drawn_by_the_seed():
+    x, found = data()[0][:1], []
+    classes = [slow("label", [(x[0], c)]) for c in range(C)]
+    for seed in (0, 0, *range(1, 9)):
+        model, mask = build("sampled", seed=seed)
+        drawn = data_scores(mask, model, logits, [(x,)])
+        same = [all(torch.allclose(drawn[name], one[name]) for name in drawn) for one in classes]
+        assert sum(same) == 1
+        found.append(same.index(True))
+    assert found[0] == found[1]
+    assert len(set(found)) > 1
+
+
+@torch.no_grad()
+def test_of_two_classes_that_are_as_likely_each_label_gives_the_expectation():
+    def of_two(model, batch):
+        return logits(model, batch)[:, :2]
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(of_two(model, batch), batch[1], reduction="none")
+
+    x, found = data()[0][:1], []
+    for score, function, label in (("label", loss, 0), ("label", loss, 1), ("expect", of_two, 0)):
+        model, mask = build(score)
+        model[4].bias -= model.eval()(x)[0]
+        found.append(data_scores(mask, model, function, [(x, torch.tensor([label]))]))
+    close(found[0], found[2])
+    close(found[1], found[2])
+    assert found[2]["0.weight"].any()
 
 
 def test_labels_of_the_model_give_the_expectation():
@@ -159,6 +195,8 @@ def test_what_cannot_be_scored_is_refused():
     mask = bank.adapters_of("live")["placement-0"]
     with pytest.raises(ValueError, match=r"reads 4\.weight and 0 more tensors without calling"):
         data_scores(mask, model, losses, [data()])
+    with pytest.raises(ValueError, match="shorter"):
+        scores("sampled", size=N // 2, numbers=[torch.arange(N // 2)])
     with pytest.raises(ValueError, match="no example"):
         data_scores(mask, model, losses, [])
     with pytest.raises(ValueError, match='score="random" needs no data'):
