@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank
 from fulgurite.methods.adapters.per_task import PerTask
+from fulgurite.methods.adapters.sharing import used_by
 
 
 class TaskGradients:
@@ -28,11 +29,11 @@ class TaskGradients:
         self.seen: set[int] = set()
 
     def parameters(self) -> dict[nn.Parameter, set[int]]:
-        """The tensors of adapters per task, with the numbers of the tasks that use them."""
+        """The tensors of adapters per task, with the numbers of the tasks that use them: shared ones of several."""
         found: dict[nn.Parameter, set[int]] = {}
-        for adapter in self.bank.adapters_of("live").values():
+        for adapter in self.bank.sets["live"].modules():
             for number, own in enumerate(adapter.adapters.values() if isinstance(adapter, PerTask) else ()):
-                for parameter in own.parameters():
+                for parameter in used_by(own):
                     found.setdefault(parameter, set()).add(number)
         return found
 

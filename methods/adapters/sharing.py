@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -30,6 +30,15 @@ def share(adapters: Sequence[Adapter], parts: Sequence[str]) -> None:
                     "another; share it among sites of one width"
                 )
             other.adopt(name, module)
+
+
+def used_by(adapter: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that an adapter computes with, those of parts that another one stores included."""
+    for module in adapter.modules():
+        yield from module.parameters(recurse=False)
+        for part in vars(module).values():
+            if isinstance(part, nn.Module):
+                yield from part.parameters()
 
 
 def _listed(shapes: Sequence[torch.Size]) -> list[tuple[int, ...]]:
