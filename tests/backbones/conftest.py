@@ -1,8 +1,16 @@
 """Tiny dual encoders of open_clip, of every kind of tower."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 
 from fulgurite.backbones.sources import resolve_source
+
+spec = importlib.util.spec_from_file_location("ladder_t5", Path(__file__).with_name("ladder_t5.py"))
+sys.modules["ladder_t5"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["ladder_t5"])
 
 WORDS = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 VIEW = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16}
