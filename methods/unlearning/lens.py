@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from fulgurite.methods.block_calls import Enough, first_tensor, hidden_of
 
-FEW, MANY = 5, 32  # rows between which the product reads the output matrix fastest as its left factor
+FEW, MANY = 5, 32  # rows between which the output matrix is read fastest as the left factor of the product
+PARTS = 4
 
 
 def check_layers(layers: Sequence[int], num_blocks: int, option: str) -> None:
@@ -121,5 +122,10 @@ class LogitLens:
 
     def _product(self, rows: Tensor) -> Tensor:
         plain = type(self.head) is nn.Linear and type(self.head.weight) is nn.Parameter and self.head.bias is None
-        few = plain and FEW <= len(rows) <= MANY and not rows.is_cuda and not torch.is_grad_enabled()
-        return (self.head.weight @ rows.t()).t().contiguous() if few else self.head(rows)
+        if not plain or not FEW <= len(rows) <= MANY or rows.is_cuda or torch.is_grad_enabled():
+            return self.head(rows)
+        # Part by part, since the product comes out the other way round and is copied.
+        out = rows.new_empty(len(rows), len(self.head.weight))
+        for part, place in zip(self.head.weight.chunk(PARTS), out.chunk(PARTS, dim=1)):
+            place.copy_((part @ rows.t()).t())
+        return out
