@@ -1,8 +1,8 @@
 """What deletion and extraction ask of a model that writes behind a prefix: its lens, answers by token, and samples.
 
-The model is `Llava` or one built like it: a causal model ``language`` of transformers behind ``prefix(batch)``, which
-is padded on the left. So the logits of ``backbone(batch, answer_ids(...))`` (R, T, V) are those of the answer tokens,
-and the last prompt position of every row is the T-th from the end.
+The model is a `CausalBackbone`, which writes behind ``prefix(batch)``, padded on the left. So the logits of
+``backbone(batch, answer_ids(...))`` (R, T, V) are those of the answer tokens, and the last prompt position of every row
+is the T-th from the end.
 
 Legend: R rows, L text tokens, T answer tokens, V vocabulary.
 """
@@ -22,7 +22,7 @@ from fulgurite.methods.structure import Tower
 from fulgurite.samples import Batch, DataError
 
 if TYPE_CHECKING:
-    from fulgurite.backbones.llava import Llava
+    from fulgurite.backbones.causal import CausalBackbone
 
 BEFORE = ":"  # what prompts end with
 
@@ -53,7 +53,7 @@ def lens_parts(backbone: FrozenBackbone) -> tuple[nn.Module, nn.Module]:
     return backbone.get_submodule(norm), backbone.get_submodule(head)
 
 
-def with_features(backbone: Llava, batch: Batch) -> Batch:
+def with_features(backbone: CausalBackbone, batch: Batch) -> Batch:
     """The batch with features in the place of pixels, so that later passes do not encode its pictures again."""
     if "pixels" not in batch:
         return batch
@@ -76,7 +76,7 @@ def continuation_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [ids[len(start) :] for ids in rows]
 
 
-def answer_ids(backbone: Llava, texts: Sequence[str]) -> Tensor:
+def answer_ids(backbone: CausalBackbone, texts: Sequence[str]) -> Tensor:
     """Labels (R, T) long of answers, without the token that ends a text, `IGNORED` behind the shorter ones.
 
     Raises:
@@ -118,7 +118,7 @@ def gumbel(seed: int, step: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def sampled_ids(
-    backbone: Llava, batch: Batch, seeds: Sequence[int], temperature: float = 1.0, max_new_tokens: int = 20
+    backbone: CausalBackbone, batch: Batch, seeds: Sequence[int], temperature: float = 1.0, max_new_tokens: int = 20
 ) -> Tensor:
     """Samples of what the model writes, (R, T) long, padded behind the end as in `generate_ids`.
 
@@ -137,11 +137,5 @@ def sampled_ids(
         raise ValueError(f"{len(seeds)} seeds for {rows} rows: give one per row")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0; for the likeliest text use generate")
-    prefix, mask = backbone.prefix(batch)
-    return backbone.language.generate(
-        inputs_embeds=prefix,
-        attention_mask=mask.long(),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        logits_processor=[GumbelNoise(seeds, temperature)],
-    )
+    noise = GumbelNoise(seeds, temperature)
+    return backbone.continued(batch, max_new_tokens=max_new_tokens, logits_processor=[noise])

@@ -70,6 +70,7 @@ class GenerationCollator:
         max_tokens: longest text.
         long_text: what happens to a longer one.
         template: text around the question, which takes the place of ``{}``.
+        orders: visual tokens of a picture that there are embeddings for; None where they need none.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class GenerationCollator:
         max_tokens: int,
         long_text: Literal["error", "cut"],
         template: str = "{}",
+        orders: int | None = ORDERS,
     ) -> None:
         self.tokenizer, self.visual, self.max_tokens, self.long_text = tokenizer, visual, max_tokens, long_text
-        self.template = template
+        self.template, self.orders = template, orders
         self.needs = ("question",) if visual is None else ("question", visual.needs)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -110,10 +112,10 @@ class GenerationCollator:
     def _numbers(self, sample: Sample, frames: int, tokens: int) -> Tensor:
         """(V,) numbers of pictures."""
         picture, order = numbers_of(frames, tokens, sample.num_images)
-        if int(order.max()) >= ORDERS:
+        if self.orders is not None and int(order.max()) >= self.orders:
             raise DataError(
                 f"sample {sample.id!r} has {int(order.max()) + 1} visual tokens of a picture, and there are embeddings "
-                f"for {ORDERS}: pool by backbone.init_args.grid, or take fewer frames"
+                f"for {self.orders}: pool by backbone.init_args.grid, or take fewer frames"
             )
         return picture
 
