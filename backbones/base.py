@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fulgurite.backbones.parts import Part
+from fulgurite.methods.recomputation import recompute as recompute_in
 from fulgurite.methods.structure import ModelSpec
 from fulgurite.samples import Batch, Collator
 
@@ -45,6 +46,8 @@ class FrozenBackbone(nn.Module, ABC):
     Args:
         train_dropout: ``"official"`` keeps the pretrained model's dropout active while training, as the
             published code does; ``"off"`` runs it in evaluation mode always.
+        recompute: while training keep only what goes into each block, and compute what is inside again in the backward
+            pass: less memory for one more forward pass, and the same numbers.
     """
 
     spec: ModelSpec
@@ -53,14 +56,16 @@ class FrozenBackbone(nn.Module, ABC):
     never_tuned: tuple[str, ...] = ()
     called_apart: tuple[str, ...] = ()
 
-    def __init__(self, train_dropout: Literal["official", "off"] = "off") -> None:
+    def __init__(self, train_dropout: Literal["official", "off"] = "off", recompute: bool = False) -> None:
         super().__init__()
-        self.train_dropout = train_dropout
+        self.train_dropout, self.recompute = train_dropout, recompute
 
     def freeze(self) -> None:
-        """No gradients anywhere, evaluation mode."""
+        """No gradients anywhere, evaluation mode; and the blocks of `spec` recompute, if they are to."""
         self.requires_grad_(False)
         self.train(False)
+        if self.recompute:
+            recompute_in(map(self.get_submodule, self.spec.all_block_names(self)))
 
     def unfreeze(self, never: Sequence[str] | None = None) -> None:
         """Let everything train but the parameters whose names a pattern of ``never`` matches in full.

@@ -89,6 +89,7 @@ class FrozenBiLM(VideoQABackbone):
         init_seed: seed of whatever no file fills: the video projection without ``checkpoint``, and all
             weights with ``pretrained: false``.
         train_dropout: see `VideoQABackbone`.
+        recompute: see `VideoQABackbone`.
 
     Note:
         Keys and queries also project the table of relative positions, which has no batch dimension. So
@@ -121,8 +122,9 @@ class FrozenBiLM(VideoQABackbone):
         routing_layer: int = -4,
         init_seed: int = 0,
         train_dropout: Literal["official", "off"] = "official",
+        recompute: bool = False,
     ) -> None:
-        super().__init__(train_dropout)
+        super().__init__(train_dropout, recompute)
         from transformers import DebertaV2Config
         from transformers.initialization import no_init_weights
 

@@ -90,6 +90,7 @@ class OpenClipVideoText(VideoTextBackbone):
             neighbouring frames; published are 10 and 11.
         seed: of what no weights fill.
         train_dropout: see `FrozenBackbone`.
+        recompute: see `FrozenBackbone`.
 
     Raises:
         ValueError: options that contradict each other, or a model that has no such tokens.
@@ -112,8 +113,9 @@ class OpenClipVideoText(VideoTextBackbone):
         patch_shift: list[int] | None = None,
         seed: int = 0,
         train_dropout: Literal["official", "off"] = "off",
+        recompute: bool = False,
     ) -> None:
-        super().__init__(train_dropout)
+        super().__init__(train_dropout, recompute)
         built = build_dual_encoder(model, pretrained, vision_weights, text, seed)
         self.name, self.model, self.width = built.name, built.model, int(built.config["embed_dim"])
         self.source = ", ".join(filter(None, (pretrained, vision_weights, text))) or built.name

@@ -84,6 +84,7 @@ class PrefixEncoder(VideoQABackbone):
             feature.
         projection_seed: seed of the video projection's start values.
         train_dropout: see `VideoQABackbone`.
+        recompute: see `VideoQABackbone`.
         pretrained: False builds ``text_config`` with random weights; the tokenizer still comes from ``text``.
         text_config: fields of the text encoder's configuration that differ, with ``pretrained: false``.
     """
@@ -101,10 +102,11 @@ class PrefixEncoder(VideoQABackbone):
         routing_layer: int = -4,
         projection_seed: int = 0,
         train_dropout: Literal["official", "off"] = "off",
+        recompute: bool = False,
         pretrained: bool = True,
         text_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(train_dropout)
+        super().__init__(train_dropout, recompute)
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils import logging
 

@@ -59,6 +59,7 @@ class VisionLanguageSeq2Seq(GenerativeBackbone):
         long_text: what happens to a longer one.
         init_seed: seed of what no file fills.
         train_dropout: see `FrozenBackbone`.
+        recompute: see `FrozenBackbone`.
 
     Raises:
         ValueError: options that exclude each other.
@@ -85,8 +86,9 @@ class VisionLanguageSeq2Seq(GenerativeBackbone):
         long_text: Literal["error", "cut"] = "error",
         init_seed: int = 0,
         train_dropout: Literal["official", "off"] = "official",
+        recompute: bool = False,
     ) -> None:
-        super().__init__(train_dropout)
+        super().__init__(train_dropout, recompute)
         from transformers import GenerationConfig
 
         if pretrained and config:

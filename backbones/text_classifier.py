@@ -79,6 +79,7 @@ class TextClassifier(FrozenBackbone):
         long_text: what happens to a longer one.
         head_seed: of a fresh head, and of all weights without ``pretrained``.
         train_dropout: see `FrozenBackbone`.
+        recompute: see `FrozenBackbone`.
 
     Raises:
         ValueError: options that exclude each other, or a family that has no spec.
@@ -94,8 +95,9 @@ class TextClassifier(FrozenBackbone):
         long_text: Literal["error", "cut"] = "error",
         head_seed: int = 0,
         train_dropout: Literal["official", "off"] = "official",
+        recompute: bool = False,
     ) -> None:
-        super().__init__(train_dropout)
+        super().__init__(train_dropout, recompute)
         from transformers import AutoConfig, AutoModelForSequenceClassification
         from transformers.utils import logging
 

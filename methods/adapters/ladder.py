@@ -36,6 +36,7 @@ from fulgurite.methods.adapters.ladder_stack import (
 )
 from fulgurite.methods.adapters.ladder_start import StackSource, load_pruned
 from fulgurite.methods.block_calls import first_tensor, hidden_of
+from fulgurite.methods.recomputation import recomputed, recomputes
 
 
 @dataclass
@@ -245,11 +246,21 @@ class LadderSide(Spanning):
 
     def _side_block(self, role: _Role, run: _StackRun, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         side = self.stacks[role.stack]
-        call = SideCall(args, kwargs, run.text_length, run.mask, shared=run.shared)
-        if role.stack:
-            encoder = self._run(role.stack - 1)
-            call.memory, call.memory_mask = _for_rows(encoder, len(run.state))
-        return side.family.run(side.blocks[str(role.number)], run.state, call)
+        block, text_length, mask = side.blocks[str(role.number)], run.text_length, run.mask
+        memory = _for_rows(self._run(role.stack - 1), len(run.state)) if role.stack else (None, None)
+
+        def side_block(state: Tensor, shared: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+            call = SideCall(args, kwargs, text_length, mask, *memory, shared=dict(shared))
+            return side.family.run(block, state, call), call.shared
+
+        if recomputes(self._blocks[role.stack][role.number]):
+            hidden = first_tensor(args, kwargs)  # which a side block does not read, and would be kept
+            args = tuple(None if value is hidden else value for value in args)
+            kwargs = {name: None if value is hidden else value for name, value in kwargs.items()}
+            state, run.shared = recomputed(side_block, run.state, run.shared)
+        else:
+            state, run.shared = side_block(run.state, run.shared)
+        return state
 
     def _finish(self, stack: int) -> None:
         run, side = self._run(stack), self.stacks[stack]

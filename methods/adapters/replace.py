@@ -64,9 +64,13 @@ class Replace(Adapter):
 
 
 def bare_copy(site: nn.Module) -> nn.Module:
-    """A deep copy of ``site`` free of the forward hooks on it, which would drag the bank along."""
+    """A deep copy of ``site`` free of the forward hooks on it, which would drag the bank along.
+
+    It does not recompute: the site's recomputation is of the site itself.
+    """
     bare = copy.copy(site)
     kinds = ("_forward_hooks", "_forward_pre_hooks")
     hooks = {name: OrderedDict() for name in site.__dict__ if name.startswith(kinds)}
     bare.__dict__ = {**site.__dict__, **hooks}
+    bare.__dict__.pop("forward", None)
     return copy.deepcopy(bare)

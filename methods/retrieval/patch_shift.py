@@ -9,13 +9,19 @@ Only what attention takes in is shifted, so the place is the output of the norm 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import contextvars
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 SHARES = 7
+# Frames of a video by id of the shift. A context variable, so that what is computed again in the backward pass sees it.
+_FRAMES: contextvars.ContextVar[Mapping[int, int]] = contextvars.ContextVar(
+    "fulgurite_frames", default=MappingProxyType({})
+)
 
 
 def shift_patches(x: Tensor, frames: int) -> Tensor:
@@ -53,12 +59,8 @@ class PatchShift:
         tower(pictures)
 
     A copy of a model, by `copy.deepcopy` or pickle, has a copy of the hook; keep both in one object to have the hook
-    that belongs. What activation checkpointing computes again in the backward pass must lie within `frames` too: give
-    ``context_fn=lambda: (nullcontext(), shift.frames(12))`` to `torch.utils.checkpoint.checkpoint`.
+    that belongs. What `recomputation.recomputed` runs again in the backward pass lies within `frames` again.
     """
-
-    def __init__(self) -> None:
-        self.count: int | None = None
 
     def attach(self, modules: Iterable[nn.Module]) -> None:
         """Hook these modules, whose outputs are (V * F, N, D). No name of a parameter changes."""
@@ -68,12 +70,13 @@ class PatchShift:
     @contextmanager
     def frames(self, count: int) -> Iterator[None]:
         """All that runs within belongs to videos of so many frames each."""
-        before, self.count = self.count, count
+        token = _FRAMES.set(MappingProxyType({**_FRAMES.get(), id(self): count}))
         try:
             yield
         finally:
-            self.count = before
+            _FRAMES.reset(token)
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """As a hook: the shifted output, or the same outside of `frames`."""
-        return output if self.count is None else shift_patches(output, self.count)
+        count = _FRAMES.get().get(id(self))
+        return output if count is None else shift_patches(output, count)

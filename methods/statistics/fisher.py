@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from fulgurite.checkpoints.tensorfile import is_sharded
 from fulgurite.methods.random import uniform
+from fulgurite.methods.recomputation import without_recomputation
 from fulgurite.methods.statistics.base import Statistic
 
 Kind = Literal["expected", "empirical", "batch_summed"]
@@ -208,7 +209,8 @@ class FisherStatistics(Statistic):
         """The function's output with ``values`` in place of the chosen parameters, and a mask of ones where none."""
         rest = {name: parameter.detach() for name, parameter in self.call.model.named_parameters()}
         given = {f"model.{name}": value for name, value in {**rest, **values}.items()}
-        output = functional_call(self.call, given, (batch,))
+        with without_recomputation():
+            output = functional_call(self.call, given, (batch,))
         return output if isinstance(output, tuple) else (output, output.detach().new_ones(output.shape[:-1]))
 
     def _moments(self, batch: Any, directions: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:

