@@ -82,6 +82,8 @@ class Objective(ABC):
         state_layer: the block whose output it reads, counted from 0; a pass may stop behind it.
         needs_logits: whether it reads logits of the answer.
         needs_reference: whether it compares with the model before the edit.
+        injects: whether its first target is to be said, so that scores are of that text's probability and not of the
+            deleted answer's.
         keeps_nll: whether ``nll`` is all that it reads of the reference, so that one pass serves a whole run.
     """
 
@@ -90,6 +92,7 @@ class Objective(ABC):
     needs_logits: bool = True
     needs_reference: bool = False
     keeps_nll: bool = False
+    injects: bool = False
 
     def targets(self, answer: str, alternatives: Sequence[str]) -> tuple[str, ...]:
         """Texts that are scored: the deleted answer, or what is to take its place.

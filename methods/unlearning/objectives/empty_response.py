@@ -20,6 +20,8 @@ class EmptyResponse(Objective):
         ValueError: it is empty.
     """
 
+    injects = True
+
     def __init__(self, refusal: str = REFUSAL) -> None:
         if not refusal.strip():
             raise ValueError('refusal is empty: give a text that the model is to say, as "I don\'t know"')

@@ -13,6 +13,8 @@ from fulgurite.methods.unlearning.objectives.base import Objective, Terms, View,
 class ErrorInjection(Objective):
     """The negative log-probability of an alternative answer, summed over its tokens."""
 
+    injects = True
+
     def targets(self, answer: str, alternatives: Sequence[str]) -> tuple[str, ...]:
         """The first alternative. Raises ValueError where there is none."""
         return (first_alternative(answer, alternatives),)

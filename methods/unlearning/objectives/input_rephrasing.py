@@ -29,6 +29,7 @@ class InputRephrasing(Objective):
         self.needs_logits = self.objective.needs_logits
         self.needs_reference = self.objective.needs_reference
         self.keeps_nll = self.objective.keeps_nll
+        self.injects = self.objective.injects
 
     def targets(self, answer: str, alternatives: Sequence[str]) -> tuple[str, ...]:
         """Those of the other objective."""

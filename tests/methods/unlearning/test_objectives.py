@@ -209,6 +209,11 @@ def test_what_is_scored():
             objective.targets("paris", ("", "  "))
 
 
+def test_scores_are_of_the_new_text_where_one_is_injected():
+    assert [o.injects for o in (EmptyResponse(), ErrorInjection(), InputRephrasing(EmptyResponse()))] == [True] * 3
+    assert [o.injects for o in (FactErasure(), DPO(), InputRephrasing(), NPO())] == [False] * 4
+
+
 def test_what_is_asked():
     assert NPO().questions("where?", ("in which town?",)) == ("where?",)
     assert InputRephrasing().questions("a", ("b", "c", "d")) == ("a", "b", "c", "d")
