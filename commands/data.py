@@ -1,4 +1,4 @@
-"""``data``: make data sets: videos with questions or captions, pictures with captions."""
+"""``data``: make data sets: videos with questions or captions, pictures with captions or with facts to delete."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ SETS = {
     "worlds": "clips of simulated worlds and their questions",
     "captions": "clips of simulated worlds and their captions",
     "emoji": "drawings of OpenMoji and their names",
+    "facts": "facts about drawings of OpenMoji, to be learned and to be deleted",
 }
 
 
@@ -22,17 +23,18 @@ def run(command: str, argv: list[str]) -> int:
         one = sets.add_parser(name, help=f"{what}; needs fulgurite[worlds]")
         one.add_argument("--out", type=Path, required=True, help="folder to fill; equal names are replaced")
         one.add_argument("--seed", type=int, default=0, help="another seed makes others (default: 0)")
-        if name != "emoji":
+        if name in ("worlds", "captions"):
             one.add_argument("--domains", nargs="+", metavar="NAME", help="only these worlds")
     options = parser.parse_args(argv)
     from fulgurite.datamodules.worlds.captions import generate_captioned
+    from fulgurite.datamodules.worlds.emoji_facts import generate_facts
     from fulgurite.datamodules.worlds.emoji_names import generate_named
     from fulgurite.datamodules.worlds.generate import generate
 
-    make = {"worlds": generate, "captions": generate_captioned, "emoji": generate_named}[options.name]
+    makers = {"worlds": generate, "captions": generate_captioned, "emoji": generate_named, "facts": generate_facts}
     chosen = {} if getattr(options, "domains", None) is None else {"domains": options.domains}
     try:
-        make(options.out, seed=options.seed, **chosen)
+        makers[options.name](options.out, seed=options.seed, **chosen)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{options.name}: {error}") from error
     return DONE

@@ -98,7 +98,7 @@ def read_names(path: Path) -> dict[str, int]:
 
 
 @contextmanager
-def laid_out(path: Path, layout: str) -> Iterator[None]:
+def laid_out(path: Path | str, layout: str) -> Iterator[None]:
     """Within it, what does not go with the ``layout`` of a file raises a `DataError` that says which is expected."""
     try:
         yield

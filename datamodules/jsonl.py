@@ -1,4 +1,4 @@
-"""Questions in JSON lines about videos in a folder: the way to bring own data."""
+"""Questions in JSON lines about videos or pictures in a folder: the way to bring own data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fulgurite.datamodules.base import FulguriteDataModule, Split
 from fulgurite.datamodules.files import Folder, given_or_there, read_jsonl, read_vocabulary, require_root
+from fulgurite.datamodules.picture_question import answer_scores, picture_at, picture_question
 from fulgurite.samples import DataError, DataInfo, Sample, Video
 
 FILES: dict[Split, Path] = {
@@ -23,7 +24,8 @@ class JsonlDataModule(FulguriteDataModule):
 
     Other keys are left alone. Keys read: ``video`` (path below ``root``), ``question``, and optionally ``id``
     (else the line number), ``answer`` or ``answers`` (a list, or an object of answers and scores), ``kind``,
-    ``speech``, ``options``.
+    ``speech``, ``options``. With ``image`` in place of ``video`` a line asks about a picture, for modules that write
+    answers.
 
     A file that has its default name here may be missing: the folder then has no such split. Test and prediction
     read their own file alone; what the answers are is left to the checkpoint, or to ``vocabulary``.
@@ -34,7 +36,7 @@ class JsonlDataModule(FulguriteDataModule):
         val: file of validation questions, or None.
         test: file of test questions, or None.
         predict: file of questions without known answers; None, or a missing one, takes the test file.
-        media: folder of the videos, relative to ``root``.
+        media: folder of the videos and pictures, relative to ``root``.
         domain: name of this data set.
         vocabulary: JSON list of the answers to choose from, relative to ``root``; None takes all answers of
             the training file, sorted.
@@ -76,7 +78,8 @@ class JsonlDataModule(FulguriteDataModule):
         alone = self.stage in ("test", "predict")
         splits = (self.stage,) if alone else ("train", "val", "test")
         kinds = {s.kind for split in splits for s in self.rows(split) if s.kind is not None}
-        return DataInfo((self.domain,), self._answers(alone), tuple(sorted(kinds)))
+        tasks = {s.task for split in splits for s in self.rows(split)} or {Sample.task}
+        return DataInfo((self.domain,), self._answers(alone), tuple(sorted(kinds)), tuple(sorted(tasks)))
 
     def read(self, split: Split) -> list[Sample]:
         """The questions of ``split``; answers outside the vocabulary are treated as the options say."""
@@ -120,47 +123,26 @@ class JsonlDataModule(FulguriteDataModule):
         return samples
 
     def _sample(self, row: Mapping[str, Any], number: int, where: str, answered: bool) -> Sample:
-        if not isinstance(row.get("video"), str) or not row["video"]:
-            raise DataError(f"{where}: the key 'video' is missing or empty")
+        media = "image" if "image" in row and "video" not in row else "video"
+        if not isinstance(row.get(media), str) or not row[media]:
+            raise DataError(f"{where}: the key {media!r} is missing or empty")
         question = row.get("question")
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{where}: the key 'question' is missing or empty")
         for key, kind in (("kind", str), ("speech", str), ("options", list)):
             if row.get(key) is not None and not isinstance(row[key], kind):
                 raise DataError(f"{where}: the key {key!r} must be a {kind.__name__}, got {row[key]!r}")
-        answers = _scores(row, where)
+        answers = answer_scores(row, where)
         if answered and not answers:
             raise DataError(
                 f"{where}: the key 'answer' is missing; questions without answers belong in the file given as "
                 "--data.predict"
             )
-        return Sample(
-            id=str(row.get("id", number)),
-            domain=self.domain,
-            question=question.strip(),
-            answers=answers,
-            kind=row.get("kind"),
-            speech=row.get("speech") or None,
-            options=tuple(str(option) for option in row.get("options") or ()),
-            video=Video(self.media / row["video"], row["video"]),
-        )
-
-
-def _scores(row: Mapping[str, Any], where: str) -> dict[str, float]:
-    given = row.get("answers", row.get("answer"))
-    if given is None:
-        return {}
-    if isinstance(given, str):
-        given = [given]
-    if isinstance(given, Mapping):
-        scores = {str(answer): score for answer, score in given.items()}
-        wrong = {a: x for a, x in scores.items() if not isinstance(x, int | float) or not 0 <= x <= 1}
-        if wrong:
-            raise DataError(f"{where}: scores of answers must be numbers from 0 to 1, got {wrong!r}")
-    elif isinstance(given, list):
-        scores = dict.fromkeys((str(answer) for answer in given), 1.0)
-    else:
-        raise DataError(f"{where}: the key 'answer' must be a text, a list, or an object of scores, got {given!r}")
-    if any(not answer.strip() for answer in scores):
-        raise DataError(f"{where}: the key 'answer' holds an empty answer")
-    return {answer.strip(): score for answer, score in scores.items()}
+        id, question = str(row.get("id", number)), question.strip()
+        options = tuple(str(option) for option in row.get("options") or ())
+        more = {"kind": row.get("kind"), "speech": row.get("speech") or None, "options": options}
+        if media == "image":
+            picture = picture_at(self.media / row["image"], where, "it is looked for below --data.media")
+            return picture_question(id, self.domain, question, answers, picture, **more)
+        video = Video(self.media / row["video"], row["video"])
+        return Sample(id, self.domain, question=question, answers=answers, video=video, **more)

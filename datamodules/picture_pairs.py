@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fulgurite.datamodules.files import read_jsonl
 from fulgurite.datamodules.picture_files import drawn
+from fulgurite.datamodules.picture_question import picture_at
 from fulgurite.samples.errors import DataError
 from fulgurite.samples.picture import Picture
 
@@ -43,10 +44,7 @@ def pair(path: Path, where: str, row: dict[str, object]) -> Pair:
         value = row.get(key)
         if not isinstance(value, str) or not value.strip():
             raise DataError(f"{where}: the key {key!r} is missing or empty")
-    picture = path.parent / row["image"]
-    if not picture.is_file():
-        raise DataError(f"{where}: no picture lies at {picture}; paths are relative to the file")
-    return Pair(Picture(picture), row["text"].strip(), where)
+    return Pair(picture_at(path.parent / row["image"], where), row["text"].strip(), where)
 
 
 def drawn_pairs(path: Path, count: int, seed: int) -> list[Pair]:

@@ -2,16 +2,20 @@
 
 from fulgurite.samples.collator import Batch, Collator, check_fields, check_picklable, sample_fields
 from fulgurite.samples.errors import DataError
+from fulgurite.samples.fact import LEVELS, Fact, Level
 from fulgurite.samples.info import DataInfo, Stage, batches_within, first_stages, stage_of
 from fulgurite.samples.picture import Picture, pixels_of
 from fulgurite.samples.sample import Sample
 from fulgurite.samples.video import Video
 
 __all__ = [
+    "LEVELS",
     "Batch",
     "Collator",
     "DataError",
     "DataInfo",
+    "Fact",
+    "Level",
     "Picture",
     "Sample",
     "Stage",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fulgurite.samples.fact import Fact
 from fulgurite.samples.picture import Picture
 from fulgurite.samples.video import Video
 
@@ -35,6 +36,7 @@ class Sample:
         num_images: how many pictures the question is about; features of two are (2N, D), one after the other.
         features: ready features by the name of their encoder, e.g. ``{"clip_vitl14": (N, 768)}``.
         options: candidate answers where the question is multiple choice.
+        fact: what belongs to the answer where it is one to delete.
         counted: False for the repeats that keep ranks in step; metrics and losses skip them.
     """
 
@@ -54,6 +56,7 @@ class Sample:
     num_images: int = 1
     features: Mapping[str, Tensor] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    fact: Fact | None = None
     counted: bool = True
 
     def has(self, need: str) -> bool:

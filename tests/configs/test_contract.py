@@ -23,6 +23,8 @@ CAPTION_DATAMODULES = ["ActivityNet", "CaptionWorlds", "CaptionedVideos", "Didem
 GENERATION_MODULES = ["TextTask", "VisionLanguageGeneration"]
 GENERATION_DATAMODULES = ["CaptionedPictures", "CocoCaptions", "EasyVqa", "Glue", "Gqa", "How2Qa", "Nlvr2", "Tvc"]
 GENERATION_DATAMODULES += ["Tvqa", "VqaV2", "Yc2c"]
+# What they serve is in tests/datamodules.
+FACT_DATAMODULES = ["Facts", "UnlokVqa"]
 # What a DataModule fills, by the backbone whose fields they are. The official sets have CLIP features and raw videos.
 FILLED = {"PrefixEncoder": ALL_DATAMODULES, "FrozenBiLM": ["VideoQADataModule", "SixDomains"]}
 
@@ -155,4 +157,5 @@ def test_no_module_or_datamodule_is_missing_in_the_lists():
         *PICTURE_DATAMODULES,
         *CAPTION_DATAMODULES,
         *GENERATION_DATAMODULES,
+        *FACT_DATAMODULES,
     }

@@ -1,9 +1,10 @@
 import json
 
 import pytest
+from PIL import Image
 
 from fulgurite.datamodules.jsonl import JsonlDataModule
-from fulgurite.samples import DataError, DataInfo
+from fulgurite.samples import DataError, DataInfo, pixels_of
 
 FILES = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl"}
 
@@ -54,6 +55,25 @@ def test_forms_of_answers_and_optional_keys(folder):
     )
     assert two.answers == {"x": 1.0, "y": 0.5}
     assert two.id == "2"
+
+
+def test_a_line_may_ask_about_a_picture(folder):
+    home = folder / "a"
+    (home / "pictures").mkdir()
+    Image.new("RGB", (6, 4), "red").save(home / "pictures" / "own.png")
+    row = {"image": "own.png", "question": " What colour? ", "answers": ["red", "crimson"], "kind": "colour", "id": "p"}
+    lines = [row, {**row, "id": "q", "image": "none.png"}, {**row, "id": "r", "image": ""}]
+    (home / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    module = data(folder, train="own.jsonl", val=None, test=None, media="pictures", on_bad="skip")
+    (sample,) = module.samples("train")
+    assert (sample.id, sample.task, sample.question, sample.kind) == ("p", "vqa", "What colour?", "colour")
+    assert sample.answers == {"red": 1.0, "crimson": 1.0}
+    assert sample.human_answers == ("red",) * 10 + ("crimson",) * 10
+    assert pixels_of(sample.image)[:, 0, 0].tolist() == [255, 0, 0]
+    assert module.info() == DataInfo(("a",), ("crimson", "red"), ("colour",), ("vqa",))
+    missing, empty = (entry["reason"] for entry in module.skipped)
+    assert "line 2: no picture lies at none.png; it is looked for below --data.media" in missing
+    assert "line 3: the key 'image' is missing or empty" in empty
 
 
 def test_vocabulary_filters_training_and_keeps_test(folder):
