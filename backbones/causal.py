@@ -85,7 +85,7 @@ class CausalBackbone(GenerativeBackbone):
         from transformers import AutoTokenizer
 
         given = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-        tokenizer = AutoTokenizer.from_pretrained(resolve_source(self.tokenizer_source), **given)
+        tokenizer = self.fitted(AutoTokenizer.from_pretrained(resolve_source(self.tokenizer_source), **given))
         size = self.language.config.get_text_config().vocab_size
         if len(tokenizer) > size:
             raise ValueError(
@@ -93,6 +93,10 @@ class CausalBackbone(GenerativeBackbone):
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token_id = self.end
+        return tokenizer
+
+    def fitted(self, tokenizer: Any) -> Any:
+        """The tokenizer with whatever more the model needs of it."""
         return tokenizer
 
     def feature_extractor(self) -> FeatureExtractor | None:

@@ -71,6 +71,7 @@ class GenerationCollator:
         long_text: what happens to a longer one.
         template: text around the question, which takes the place of ``{}``.
         orders: visual tokens of a picture that there are embeddings for; None where they need none.
+        reserved: what stands for pictures in the template, and so in no question.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class GenerationCollator:
         long_text: Literal["error", "cut"],
         template: str = "{}",
         orders: int | None = ORDERS,
+        reserved: str | None = None,
     ) -> None:
         self.tokenizer, self.visual, self.max_tokens, self.long_text = tokenizer, visual, max_tokens, long_text
-        self.template, self.orders = template, orders
+        self.template, self.orders, self.reserved = template, orders, reserved
         self.needs = ("question",) if visual is None else ("question", visual.needs)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -91,6 +93,11 @@ class GenerationCollator:
         paired = next((sample.id for sample in samples if sample.text_pair is not None), None)
         if paired is not None:
             raise DataError(f"sample {paired!r} has two texts, and this model reads one: set data.form=text")
+        marked = next(
+            (s.id for s in samples if self.reserved is not None and self.reserved in (s.question or "")), None
+        )
+        if marked is not None:
+            raise DataError(f"the question of sample {marked!r} has {self.reserved}, which stands for its picture")
         texts = [self.template.replace("{}", sample.question or "") for sample in samples]
         cut = self.long_text == "cut"
         batch = sample_fields(samples)
