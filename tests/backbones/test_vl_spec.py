@@ -1,12 +1,16 @@
 """Public places of VL-BART and VL-T5, and published numbers of parameters at full size, without memory for weights."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fulgurite.backbones.vl_bart import VLBart
 from fulgurite.backbones.vl_t5 import VLT5
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
+from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.replace import Replace
 
 VISUAL = 1_582_848  # of 2048 features in a width of 768
@@ -60,3 +64,24 @@ def test_trained_parameters_of_the_published_rows(full_size):
     norms = trained(full_size["t5"], (["layer_norms"], Replace))
     assert norms == (12 * 2 + 12 * 3 + 2) * 768
     assert trained(full_size["t5"], (["visual_embedding"], Replace)) == VISUAL - 2 * 768
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_single_adapters_take_a_twentieth_of_the_operations_of_inference(make_generative, kind):
+    """Of a small model in the proportions of the published one."""
+    shape = {"d_model": 64, "num_heads": 4, "d_kv": 16, "d_ff": 256}
+    shape = shape if kind == "t5" else {"d_model": 64, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256}
+    model = make_generative(kind, config=shape, train_dropout="off").eval()
+    batch = {"text": torch.ones(2, 20, dtype=torch.long), "text_mask": torch.ones(2, 20, dtype=torch.bool)}
+    batch |= {"features": torch.ones(2, 36, 12), "picture": torch.zeros(2, 36, dtype=torch.long)}
+
+    @torch.no_grad()
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            model(batch, torch.ones(2, 10, dtype=torch.long))
+        return counter.get_total_flops()
+
+    plain = operations()
+    outputs = ["self_attention_output", "cross_attention_output", "feed_forward_output"]
+    AdapterBank(model, [Placement(outputs, partial(Bottleneck, reduction=8))], sets=[])
+    assert plain * 1.01 < operations() < plain * 1.05

@@ -139,6 +139,11 @@ def test_a_task_s_parameters_change_no_other_task():
         after = adapter(y, y)
     changed = (before != after).flatten(1).any(1)
     assert changed.tolist() == (index == 0).tolist()
+    single = shake(bottleneck(LINEAR))
+    with tasks_of(torch.zeros_like(index)):
+        expected = single(y, y)
+    with tasks_of(index):
+        assert torch.equal(single(y, y), expected)
 
 
 def test_a_mixed_batch_equals_its_tasks_one_by_one_and_beams_follow():
@@ -203,6 +208,37 @@ def test_what_is_kept_in_evaluation_follows_the_parameters():
         layer.load_state_dict({**layer.state_dict(), "blocks": torch.zeros(2, 4, 2)})
         torch.testing.assert_close(layer(x), layer.bias.expand(3, 4))
         assert copy.deepcopy(layer)(x).shape == (3, 4)
+
+
+def test_a_phm_layer_puts_its_matrix_together_for_many_rows_alone_and_once_in_evaluation(monkeypatch):
+    made, own = [], PHMLinear.weight.fget
+    monkeypatch.setattr(PHMLinear, "weight", property(lambda layer: made.append(layer) or own(layer)))
+    layer = shake(PHMLinear(64, 32, 2))
+    layer(noise(31, 64))  # 31 rows keep 2 x 32 products each, and the matrix has 64 x 32 numbers
+    assert made == []
+    layer(noise(32, 64))
+    assert len(made) == 1
+    with torch.no_grad():
+        layer.eval()(noise(1, 64)), layer(noise(99, 64))
+    assert len(made) == 2
+
+
+def test_a_hyperformer_makes_the_weights_of_a_task_at_a_site_once_a_step_and_once_in_evaluation():
+    adapter, made = shake(Hyperformer(SITES, TASKS, 4, 7, 5, 3)), []
+    for network in adapter.networks:
+        network.register_forward_hook(lambda *call: made.append(call))
+
+    def step():
+        made.clear()
+        with tasks_of(torch.tensor([1, 0, 1])):
+            for index in range(len(SITES)):
+                adapter(index, (y := noise(3, 2, D),), {}, y)
+        return len(made)
+
+    assert [step(), step()] == [2 * len(SITES)] * 2
+    with torch.no_grad():
+        adapter.eval()
+        assert [step(), step()] == [2 * len(SITES), 0]
 
 
 def test_compacter_starts_as_published():
