@@ -171,8 +171,10 @@ class CausalBackbone(GenerativeBackbone):
         return digest_of_state(self.state_dict())
 
     def refresh(self) -> None:
-        """The digest anew."""
+        """The digests anew, the encoder's too."""
         self.__dict__.pop("fingerprint", None)
+        if self.encoder is not None:
+            self.encoder.__dict__.pop("fingerprint", None)
 
 
 def check_template(template: str, option: str, mark: str = "{}", meaning: str = "where the question goes") -> None:

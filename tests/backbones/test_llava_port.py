@@ -2,6 +2,7 @@
 
 import copy
 import string
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from fulgurite.backbones.decoding import answer_ids, decoder_blocks, lens_parts,
 from fulgurite.backbones.llava_port import LlavaPort
 from fulgurite.methods.unlearning.lens import LogitLens, layer_states
 from fulgurite.samples import DataError, Picture, Sample, check_picklable
-from fulgurite.samples.features import FeatureStore, extract_features
+from fulgurite.samples.features import FeatureStore, StoredFeatures, extract_features, media_key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "\u2581", "\n", "\u2581b", *string.ascii_letters, *",:.'?"]
@@ -153,10 +154,24 @@ def test_features_can_be_stored_and_the_collator_travels(folder, samples, tmp_pa
     assert not extract_features([s.image for s in samples], extractor.encoder, extractor.sampling, store)
     batch = with_features(model, collator(samples))
     reader = store.reader(extractor.encoder, extractor.sampling)
-    assert sorted(reader.shapes.values()) == [(1, *batch["features"].shape[1:])] * 2
-    other = copy.deepcopy(model)
-    assert other.encoder.tower is other.language.model.vision_tower is not model.language.model.vision_tower
-    assert other.encoder.fingerprint == model.encoder.fingerprint
+    stored = [StoredFeatures({model.encoder.name: (reader, media_key(sample.image))}) for sample in samples]
+    again = collator([replace(sample, image=None, features=each) for sample, each in zip(samples, stored)])
+    torch.testing.assert_close(again["features"], batch["features"])
+    assert torch.equal(again["picture"], batch["picture"])
+
+
+def test_a_copy_has_its_own_tower_and_a_changed_tower_another_digest(folder):
+    model = LlavaPort(str(folder))
+    first, other = model.encoder.fingerprint, copy.deepcopy(model)
+    assert other.encoder.tower is other.language.model.vision_tower
+    assert other.encoder.tower is not model.encoder.tower
+    with torch.no_grad():
+        next(other.language.model.vision_tower.parameters()).add_(1)
+    other.refresh()
+    assert other.encoder.fingerprint != first
+    assert other.fingerprint != model.fingerprint
+    model.refresh()
+    assert model.encoder.fingerprint == first
 
 
 def test_random_weights_of_a_configuration_read_any_tokenizer_in_half_precision(samples):
