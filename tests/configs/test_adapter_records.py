@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import jsonargparse
@@ -166,6 +167,11 @@ def test_trained_parameters_and_rates_are_those_of_the_table(record, build):
     module = build(*of_size(record))
     trained, rate, decay = ROWS[record]
     assert count(module) == trained
+    if module.bank.placements:  # of which alone a checkpoint has the values, with those before training
+        stored = Counter()
+        for name, tensor in module.state_dict().items():
+            stored[name.split(".")[2]] += tensor.numel() * tensor.is_floating_point()
+        assert stored == {"live": trained, "initial": trained}
     optimizer = module.optimizer(grouped(module.trained(), module.param_groups))
     assert optimizer.defaults["eps"] == (1e-6 if record.startswith(("vl_", "lst_vl")) else 1e-8)
     for group in optimizer.param_groups:
