@@ -233,7 +233,9 @@ class FisherStatistics(Statistic):
         given = directions(output.detach(), mask).to(output.dtype)
         total: dict[str, Tensor] = {}
         for part in given.split(self.chunk if self.vectorize else 1):
-            for name, gradient in gradients(part).items():
+            found = gradients(part)
+            for name in list(found):
+                gradient = found.pop(name)  # freed once it has been counted
                 wide = gradient if gradient.dtype == torch.float64 else gradient.float()
                 moment = (wide.square() if self.moment == "square" else wide.abs()).sum(0)
                 total[name] = total[name] + moment if name in total else moment

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity
 
 from fulgurite.methods.ranks import Ranks
 
@@ -47,6 +48,19 @@ def run_on_ranks(size, work):
 @pytest.fixture
 def on_ranks():
     return run_on_ranks
+
+
+@pytest.fixture
+def peak_bytes():
+    """Most bytes of tensors that a call holds at one time, beside those that were there."""
+
+    def measure(call):
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
+            call()
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0).max()
+
+    return measure
 
 
 @pytest.fixture(scope="session")

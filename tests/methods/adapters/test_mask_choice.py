@@ -60,16 +60,12 @@ def test_whole_tensors_are_named_by_full_patterns():
         matching(names, ["head.*", "tail"])
 
 
-def test_the_choice_takes_less_than_another_copy_of_the_scores():
+def test_the_choice_takes_less_than_another_copy_of_the_scores(peak_bytes):
     """However many are chosen, of tensors that are looked at one by one."""
     scores = {str(i): torch.rand(50_000, generator=torch.Generator().manual_seed(i)) for i in range(16)}
     sizes = {name: len(tensor) for name, tensor in scores.items()}
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        chosen_positions(scores, sizes, 4000)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
-    assert 4 * 4000 < live.max() < sum(4 * size for size in sizes.values())
+    peak = peak_bytes(lambda: chosen_positions(scores, sizes, 4000))
+    assert 4 * 4000 < peak < sum(4 * size for size in sizes.values())
 
 
 def test_common_entries_are_those_of_both():

@@ -264,3 +264,10 @@ def test_sharded_parameters_are_refused(tmp_path):
             FisherStatistics(model, lambda own, batch: own(batch))
     finally:
         dist.destroy_process_group()
+
+
+def test_one_by_one_the_gradients_of_an_example_are_held_once(peak_bytes):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(16)))
+    statistic = FisherStatistics(model, lambda model, x: model(x).sum(1), kind="empirical", vectorize=False)
+    copy = 4 * sum(p.numel() for p in model.parameters())
+    assert copy < peak_bytes(lambda: statistic.update(torch.ones(3, 64))) < 1.3 * copy
