@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fulgurite.methods.adapters.base import Adapter
+from fulgurite.methods.adapters.low_rank_branch import Down, Up, branch_down, branch_up
 from fulgurite.methods.adapters.mixing import Mixture
 
 
@@ -56,8 +57,8 @@ class LoRA(Adapter):
         in_features, out_features = site
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=False)
+        self.down = Down(in_features, rank, bias=False)
+        self.up = Up(rank, out_features, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -68,7 +69,7 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` (..., in), ``y`` (..., out) -> (..., out)."""
-        return torch.add(y, self.up(self.down(F.dropout(x, self.dropout, self.training))), alpha=self.scale)
+        return self.up(self.down(F.dropout(x, self.dropout, self.training)), y, self.scale)
 
     @torch.no_grad()
     def folded(self, site: nn.Module) -> dict[str, Tensor]:
@@ -86,8 +87,7 @@ class LoRA(Adapter):
         used = [experts[i] for i in mixture.used]
         first = experts[0]
         x = F.dropout(x, first.dropout, first.training)
-        hidden = F.linear(x, torch.cat([e.down.weight for e in used]))  # (B, ..., k * rank)
+        hidden = branch_down(x, torch.cat([e.down.weight for e in used]))  # (B, ..., k * rank)
         shares = mixture.weights[:, list(mixture.used)].to(hidden.dtype).repeat_interleave(first.rank, dim=1)
         hidden = hidden * shares.view(len(x), *(1,) * (x.dim() - 2), -1)
-        change = F.linear(hidden, torch.cat([e.up.weight for e in used], dim=1))
-        return torch.add(y, change, alpha=first.scale)
+        return branch_up(hidden, y, torch.cat([e.up.weight for e in used], dim=1), first.scale)
