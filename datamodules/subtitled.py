@@ -40,9 +40,8 @@ class SubtitledVideos(FulguriteDataModule):
     """
 
     usual_name: ClassVar[str]
-    files: ClassVar[Mapping[Split, str]]
-    subtitle_file: ClassVar[str]
-    feature_folder: ClassVar[str]
+    source: ClassVar[str]  # whose videos they are, which subtitles and features are called by
+    published: ClassVar[tuple[str, str, str, str]]  # what the files of training, validation, test and prediction end in
 
     def __init__(
         self,
@@ -63,10 +62,11 @@ class SubtitledVideos(FulguriteDataModule):
         super().__init__(**loading)
         self.root = Path(root).absolute()
         given: dict[Split, Path | None] = {"train": train, "val": val, "test": test, "predict": predict}
-        self.paths = {split: self.root / (path or self.files[split]) for split, path in given.items()}
-        self.subtitles = self.root / (subtitles or self.subtitle_file)
+        usual = [f"ann/{self.usual_name}/{self.usual_name}_{ending}.jsonl" for ending in self.published]
+        self.paths = {split: self.root / (path or name) for (split, path), name in zip(given.items(), usual)}
+        self.subtitles = self.root / (subtitles or f"ann/{self.source}_subtitles.jsonl")
         if features is None and videos is None:
-            features = Path(self.feature_folder)
+            features = Path(f"vis_features/{self.source}/clip-vit")
         self.features = None if features is None else Files([self.root / features], (".npz",), "features")
         self.features_name = features_name
         self.feature_width = feature_width

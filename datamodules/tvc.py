@@ -21,14 +21,8 @@ class Tvc(SubtitledVideos):
 
     usual_name = "tvc"
     timed: ClassVar[bool] = True
-    files: ClassVar = {
-        "train": "ann/tvc/tvc_train_release.jsonl",
-        "val": "ann/tvc/tvc_val_release.jsonl",
-        "test": "ann/tvc/tvc_test_release.jsonl",
-        "predict": "ann/tvc/tvc_test_release.jsonl",
-    }
-    subtitle_file = "ann/tv_subtitles.jsonl"
-    feature_folder = "vis_features/tv/clip-vit"
+    source = "tv"
+    published = ("train_release", "val_release", "test_release", "test_release")
 
     def of_record(self, record: Mapping[str, Any], where: str, split: Split) -> Sequence[Sample]:
         """One clip: a sample, or in training one per caption."""
@@ -47,14 +41,7 @@ class Yc2c(Tvc):
 
     usual_name = "yc2c"
     timed = False
-    files: ClassVar = {
-        "train": "ann/yc2c/yc2c_train_release.jsonl",
-        "val": "ann/yc2c/yc2c_val_release.jsonl",
-        "test": "ann/yc2c/yc2c_test_release.jsonl",
-        "predict": "ann/yc2c/yc2c_test_release.jsonl",
-    }
-    subtitle_file = "ann/yc2_subtitles.jsonl"
-    feature_folder = "vis_features/yc2/clip-vit"
+    source = "yc2"
 
 
 def captions_of(record: Mapping[str, Any], where: str, needed: bool) -> tuple[str, ...]:

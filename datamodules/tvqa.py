@@ -21,14 +21,8 @@ class Tvqa(SubtitledVideos):
 
     usual_name = "tvqa"
     num_choices: ClassVar[int] = 5
-    files: ClassVar = {
-        "train": "ann/tvqa/tvqa_train.jsonl",
-        "val": "ann/tvqa/tvqa_val.jsonl",
-        "test": "ann/tvqa/tvqa_test_public.jsonl",
-        "predict": "ann/tvqa/tvqa_test_release.jsonl",
-    }
-    subtitle_file = "ann/tv_subtitles.jsonl"
-    feature_folder = "vis_features/tv/clip-vit"
+    source = "tv"
+    published = ("train", "val", "test_public", "test_release")
 
     def info(self) -> DataInfo:
         """The domain, the names of the choices and the types of the questions that are read."""
@@ -67,11 +61,5 @@ class How2Qa(Tvqa):
 
     usual_name = "how2qa"
     num_choices = 4
-    files: ClassVar = {
-        "train": "ann/how2qa/how2qa_train_release.jsonl",
-        "val": "ann/how2qa/how2qa_val_release.jsonl",
-        "test": "ann/how2qa/how2qa_test_public_release.jsonl",
-        "predict": "ann/how2qa/how2qa_test_public_release.jsonl",
-    }
-    subtitle_file = "ann/how2_subtitles.jsonl"
-    feature_folder = "vis_features/how2/clip-vit"
+    source = "how2"
+    published = ("train_release", "val_release", "test_public_release", "test_public_release")
