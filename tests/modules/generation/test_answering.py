@@ -98,9 +98,9 @@ def test_each_validation_counts_anew_and_a_check_before_training_logs_nothing():
         module = Module(sanity_checking=checking)
         module.info = DataInfo(("d",), tasks=("vqa",))
         module.data_info = module.trainer.datamodule.info()  # figures are of the present data
-        for _ in range(2):
+        for answers in (("yes", "yes"), ("yes", "no")):
             module.on_validation_start()
-            module.validation_step(batch_of("yes", "no"), 0)
+            module.validation_step(batch_of(*answers), 0)
             module.on_validation_epoch_end()
         assert module.logged == ({} if checking else {"val/accuracy/gqa": 50.0, "val/score": 50.0})
     assert module.scores([batch_of("yes"), batch_of("no", "no")]) == pytest.approx(
