@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from fulgurite.backbones.decoding import answer_ids, decoder_blocks, lens_parts, sampled_ids, with_features
 from fulgurite.backbones.generation import GenerativeBackbone
 from fulgurite.methods.adapters.bank import Placement
+from fulgurite.methods.unlearning.edits.base import answers_behind
 from fulgurite.methods.unlearning.lens import LogitLens, layer_states
 from fulgurite.methods.unlearning.memorisation import exact_memorisation, min_k, probability, token_log_probabilities
 from fulgurite.methods.unlearning.objectives.base import View, answer_nll
@@ -86,11 +87,14 @@ class AnswerPasses(AdaptedModule):
     ) -> View:
         """One pass over R rows with the answers ``labels`` (R, T); it ends where nothing more is read."""
         wanted = sorted({*layers, *(() if state_layer is None else (state_layer + 1,))})
-        if not wanted:
-            return View(self.backbone(batch, labels), labels)
-        stop = not needs_logits and not isinstance(self, FSDPModule)
-        span = slice(-labels.shape[1], None)
-        found, logits = layer_states(self.blocks, wanted, span, lambda: self.backbone(batch, labels), stop)
+        length = labels.shape[1]
+        with answers_behind(length - 1):
+            if not wanted:
+                return View(self.backbone(batch, labels), labels)
+            stop = not needs_logits and not isinstance(self, FSDPModule)
+            found, logits = layer_states(
+                self.blocks, wanted, slice(-length, None), lambda: self.backbone(batch, labels), stop
+            )
         lens = None
         if layers:
             lens = self.reader.log_probabilities({layer: found[layer][:, 0] for layer in layers}).transpose(0, 1)

@@ -28,8 +28,9 @@ def figures_of(module: Any, samples: Sequence[Sample], state: EditedState, inner
 
     ``answer`` holds the probabilities of the deleted answer to the question, its first rephrasing and its first
     neighbour question, ``target`` those of the text that takes its place, where there is one; ``written`` is what the
-    model says; ``memory`` how well the answer is known by heart; ``right`` has lists of right (1) and wrong (0) answers by `SETS`; ``attacks`` the share
-    of candidates that are the answer, by title; ``layers`` the probability of the answer's first token by layer.
+    model says; ``memory`` how well the answer is known by heart; ``right`` has lists of right (1) and wrong (0) answers
+    by `SETS`; ``attacks`` the share of candidates that are the answer, by title; ``layers`` the probability of the
+    answer's first token by layer.
 
     Args:
         module: `MultimodalUnlearning`.
@@ -41,7 +42,7 @@ def figures_of(module: Any, samples: Sequence[Sample], state: EditedState, inner
     rows: list[dict[str, Any]] = [{} for _ in samples]
     probabilities(module, samples, state, rows, "answer", [answer_of(sample) for sample in samples])
     if any(target is not None for target in targets):
-        probabilities(module, samples, state, rows, "target", [str(target) for target in targets])
+        probabilities(module, samples, state, rows, "target", targets)
     written_answers(module, samples, state, rows)
     attacks = module.attacks if inner else [getattr(attack, "then", attack) for attack in module.attacks]
     unique = list({attack.title: attack for attack in attacks}.values())
@@ -53,9 +54,18 @@ def figures_of(module: Any, samples: Sequence[Sample], state: EditedState, inner
 
 
 def probabilities(
-    module: Any, samples: Sequence[Sample], state: EditedState, rows: list[dict[str, Any]], name: str, texts: list[str]
+    module: Any,
+    samples: Sequence[Sample],
+    state: EditedState,
+    rows: list[dict[str, Any]],
+    name: str,
+    texts: Sequence[str | None],
 ) -> None:
-    """Of each item's text to its question, its first rephrasing and its first neighbour question."""
+    """Of each item's text to its question, its first rephrasing and its first neighbour question; NaN without text."""
+    for row in rows:
+        row[name] = dict.fromkeys(("question", "rephrased", "neighbour"), math.nan)
+    known = [number for number, text in enumerate(texts) if text is not None]
+    samples, rows, texts = ([each[number] for number in known] for each in (samples, rows, texts))
     asked, said, counts = [], [], []
     for sample, text in zip(samples, texts, strict=True):
         fact = sample.fact

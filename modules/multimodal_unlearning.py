@@ -195,7 +195,8 @@ class MultimodalUnlearning(ItemQuestions):
             )
         data = self.trainer.datamodule
         self.data_info = data.info()
-        self.prepare(self.data_info, data.stages() if stage == "fit" else [])
+        if stage == "fit" or self.info is None:
+            self.prepare(self.data_info, data.stages())
         samples = data.samples("train" if stage == "fit" else "test")
         require_facts(samples)
         self.pool = samples

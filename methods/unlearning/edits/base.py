@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.base import Adapter
 
+_BEHIND: contextvars.ContextVar[int] = contextvars.ContextVar("fulgurite_positions_behind", default=0)
 _SLOTS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fulgurite_slots", default=None)
 
 
@@ -28,6 +29,19 @@ def slots_of(rows: Tensor) -> Iterator[None]:
         yield
     finally:
         _SLOTS.reset(token)
+
+
+@contextlib.contextmanager
+def answers_behind(length: int) -> Iterator[None]:
+    """Within it the last ``length`` positions of every batch are those of answers, and the others end with the prompt.
+
+    By this, noise of a position hangs on its distance from the end of the prompt, and not on padding.
+    """
+    token = _BEHIND.set(length)
+    try:
+        yield
+    finally:
+        _BEHIND.reset(token)
 
 
 class Edit(Adapter):
@@ -96,6 +110,11 @@ class Edit(Adapter):
         if self.items > 1:
             return super().folded(site)
         return {"weight": site.weight.detach().float() + self.change(0)}
+
+
+def positions_behind() -> int:
+    """What `answers_behind` says."""
+    return _BEHIND.get()
 
 
 def selected(tensor: Tensor, slot: Tensor | None) -> Tensor:

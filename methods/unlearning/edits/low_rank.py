@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fulgurite.methods.random import uniform
-from fulgurite.methods.unlearning.edits.base import Edit, selected
+from fulgurite.methods.unlearning.edits.base import Edit, positions_behind, selected
 
 
 class LowRankEdit(Edit):
@@ -27,8 +27,8 @@ class LowRankEdit(Edit):
         items: slots.
         rank: r.
         alpha: the scale is alpha / r.
-        dropout: on the input of A while training. Each slot draws for itself, from the last position on, so that
-            neither other slots nor padding on the left change its noise.
+        dropout: on the input of A while training. Each slot draws for itself, from the end of the prompt on, so that
+            neither other slots nor padding change its noise; see `answers_behind`.
 
     Raises:
         ValueError: as in the base; ``rank`` below 1, or ``dropout`` no share.
@@ -78,14 +78,18 @@ class LowRankEdit(Edit):
     def kept(self, x: Tensor, slot: Tensor | None) -> Tensor:
         """Inverted dropout's factors for ``x`` (R, S, i), each row by the noise of its slot."""
         slots = [0] * len(x) if slot is None else slot.tolist()
+        behind, width = positions_behind(), x.shape[2]
         self.draws += 1
         rows: Counter[int] = Counter()
         factors = []
         for each in slots:
             place = f"{self.draws} {rows[each]}"
             rows[each] += 1
-            drawn = uniform(self.seeds[each], "edit dropout", 0, place, x[0].numel())
-            factors.append(drawn.view(x.shape[1:]).flip(0) >= self.dropout)
+            prompt, answer = (
+                uniform(self.seeds[each], "edit dropout", part, place, length * width).view(length, width)
+                for part, length in enumerate((x.shape[1] - behind, behind))
+            )
+            factors.append(torch.cat([prompt.flip(0), answer]) >= self.dropout)
         return torch.stack(factors).to(x).div_(1 - self.dropout)
 
     def change(self, slot: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fulgurite.methods.unlearning.edits.attached import attached
-from fulgurite.methods.unlearning.edits.base import slots_of
+from fulgurite.methods.unlearning.edits.base import answers_behind, slots_of
 from fulgurite.methods.unlearning.edits.low_rank import LowRankEdit
 from fulgurite.methods.unlearning.edits.whole_weight import WholeWeightEdit
 
@@ -68,25 +68,27 @@ def test_the_weight_is_never_written_and_leaving_restores_every_bit(kind, site):
 
 @pytest.mark.parametrize("options", [{"dropout": 0.0}, {"dropout": 0.4}])
 def test_items_edited_together_equal_items_edited_alone(site, options):
-    """With noise: the draws of an item depend neither on other items nor on padding before it."""
+    """With noise: the draws of an item depend neither on other items nor on padding on either side."""
     inputs = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(3))
     seeds = [11, 12, 13]
 
-    def trained(slots, padding):
+    def trained(slots, padding, behind):
         edit = LowRankEdit(site, items=len(slots), **options).train()
         edit.start([seeds[slot] for slot in slots])
         optimizer = torch.optim.AdamW(edit.parameters(), lr=0.1)
-        x = torch.cat([torch.zeros(len(slots), padding, 6), inputs[slots]], dim=1)
+        # Three positions of the prompt, one of the answer, and further ones of longer answers.
+        parts = [torch.zeros(len(slots), padding, 6), inputs[slots], torch.zeros(len(slots), behind - 1, 6)]
+        x = torch.cat(parts, dim=1)
         for _ in range(5):
-            with attached(site, edit), slots_of(torch.arange(len(slots))):
-                site(x)[:, padding:].square().mean(dim=(1, 2)).sum().backward()
+            with attached(site, edit), slots_of(torch.arange(len(slots))), answers_behind(behind):
+                site(x)[:, padding : padding + 4].square().mean(dim=(1, 2)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         return [edit.change(slot) for slot in range(len(slots))]
 
-    together = trained([2, 0, 1], padding=2)
+    together = trained([2, 0, 1], padding=2, behind=3)
     for place, slot in enumerate([2, 0, 1]):
-        (alone,) = trained([slot], padding=0)
+        (alone,) = trained([slot], padding=0, behind=1)
         torch.testing.assert_close(together[place], alone, rtol=1e-5, atol=1e-6)
         assert alone.abs().max() > 0.1
 

@@ -1,0 +1,173 @@
+"""Items edited, attacked and restored: independence, identity, figures and errors."""
+
+import importlib.util
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fulgurite.checkpoints.digest import digest_of_state
+from fulgurite.methods.unlearning.attacks.head_projection import HeadProjection
+from fulgurite.methods.unlearning.attacks.wrapped import Relearning
+from fulgurite.methods.unlearning.edits.whole_weight import WholeWeightEdit
+from fulgurite.methods.unlearning.objectives.empty_response import EmptyResponse
+from fulgurite.methods.unlearning.objectives.error_injection import ErrorInjection
+from fulgurite.methods.unlearning.objectives.head_projection import HeadProjectionDefence
+from fulgurite.methods.unlearning.objectives.input_rephrasing import InputRephrasing
+from fulgurite.methods.unlearning.objectives.npo import NPO
+from fulgurite.methods.unlearning.objectives.retain import RetainKL
+from fulgurite.methods.unlearning.objectives.rmu import RMU
+from fulgurite.samples import DataError
+
+spec = importlib.util.spec_from_file_location("unlearning_kit", Path(__file__).with_name("conftest.py"))
+kit = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kit)
+
+
+def test_items_do_not_depend_on_their_order_or_on_each_other(full_rows):
+    _, together = full_rows
+    module = kit.unlearning(attacks=kit.attacks())
+    apart = kit.rows_of(module, kit.ToyFacts(order=(3, 1, 4, 0, 2), eval_batch_size=2))
+    assert list(apart) == ["3", "1", "4", "0", "2"]
+    for name, row in together.items():
+        kit.assert_same(apart[name], row, name)
+
+
+def test_the_backbone_is_the_same_to_the_bit_after_every_item(full_rows):
+    module, _ = full_rows
+    assert digest_of_state(module.backbone.state_dict()) == digest_of_state(kit.backbone().state_dict())
+    assert not any(parameter.requires_grad for parameter in module.backbone.parameters())
+
+
+def test_every_item_has_every_figure_and_the_edit_erases(full_rows):
+    module, rows = full_rows
+    titles = [attack.title for attack in module.attacks]
+    for row in rows.values():
+        assert row["after"]["answer"]["question"] < row["before"]["answer"]["question"]
+        for when in ("before", "after"):
+            assert list(row[when]["attacks"]) == titles
+            assert len(row[when]["layers"]) == 5
+            assert [len(right) for right in row[when]["right"].values()] == [2, 2, 1]
+    figures = module.test_results["figures"]
+    share = sum(row["after"]["attacks"][titles[0]] > 0 for row in rows.values()) / 5
+    assert figures["success/head_projection"] == pytest.approx(100 * share)
+    assert figures["budget/question_rephrase"] == 4
+    mean = sum(row["after"]["layers"][4] for row in rows.values()) / 5
+    assert module.test_results["layers"]["after"][4] == pytest.approx(mean)
+
+
+def test_the_lens_of_the_last_layer_is_the_probability_of_one_token(full_rows):
+    """Of items whose answer is one token."""
+    _, rows = full_rows
+    single = [row for row in rows.values() if " " not in row["gold"]]
+    assert len(single) == 4
+    for row in single:
+        assert row["after"]["layers"][4] == pytest.approx(row["after"]["answer"]["question"], rel=1e-4)
+
+
+def test_no_step_changes_nothing_and_head_projection_finds_what_is_written():
+    module = kit.unlearning(WholeScore(), steps=1, attacks=[HeadProjection([4], k=1)], answer_tokens=1)
+    for row in kit.rows_of(module).values():
+        before, after = dict(row["before"]), dict(row["after"])
+        kit.assert_same(after, before)
+
+
+class WholeScore(EmptyResponse):
+    """An objective without any gradient."""
+
+    def __call__(self, views, references):
+        terms = super().__call__(views, references)
+        return replace(terms, totals=0 * terms.totals)
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "rises"),
+    [
+        (ErrorInjection(), {}, "target"),
+        (EmptyResponse("bird"), {}, "target"),
+        (HeadProjectionDefence([3, 4], k=100), {}, None),
+        (InputRephrasing(questions=1), {}, None),
+        (NPO(), {"retain": RetainKL()}, None),
+        (RMU(2), {}, None),
+        (ErrorInjection(), {"edit": WholeWeightEdit}, "target"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, dict) else None,
+)
+def test_objectives_and_edits_are_swapped_by_one_option(objective, options, rises):
+    module = kit.unlearning(objective, **options)
+    for row in kit.rows_of(module).values():
+        if rises is None:
+            assert row["target"] is None
+        else:
+            assert row["after"][rises]["question"] > row["before"][rises]["question"]
+    assert math.isfinite(module.test_results["figures"]["target"])
+
+
+def test_enough_stops_an_item_by_itself():
+    going = kit.rows_of(kit.unlearning(ErrorInjection()))
+    stopped = kit.rows_of(kit.unlearning(ErrorInjection(), enough=1e9))
+    for name, row in stopped.items():
+        kit.assert_same(row["after"]["target"], row["before"]["target"])
+        assert going[name]["after"]["target"] != going[name]["before"]["target"]
+
+
+def test_one_edit_for_all_is_trained_by_fit_and_attacked_by_test(tmp_path):
+    module = kit.unlearning(mode="joint", retain=RetainKL())
+    trainer = kit.trainer(max_epochs=3, default_root_dir=tmp_path)
+    trainer.fit(module, datamodule=kit.ToyFacts(batch_size=5))
+    digest = digest_of_state(module.backbone.state_dict())
+    assert digest == digest_of_state(kit.backbone().state_dict())
+    assert set(module.state_dict()) == {
+        f"bank.sets.{name}.language/model/layers/1/mlp/down_proj.{part}"
+        for name in ("initial", "live")
+        for part in ("down", "up")
+    }
+    rows = kit.rows_of(module)
+    assert all(row["after"]["answer"]["question"] < row["before"]["answer"]["question"] for row in rows.values())
+
+
+def test_what_cannot_be_is_one_clear_error(tmp_path):
+    with pytest.raises(ValueError, match=r"independent edits every item by itself.*run test in place of fit"):
+        kit.trainer().fit(kit.unlearning(), datamodule=kit.ToyFacts(batch_size=5))
+    with pytest.raises(ValueError, match=r"no layer 9; this model has 0 .* to 4"):
+        kit.unlearning(attacks=[HeadProjection([9])])
+    with pytest.raises(ValueError, match=r"objective\.layers=\[2, 7\]: there is no layer 7"):
+        kit.unlearning(HeadProjectionDefence([2, 7]))
+    with pytest.raises(ValueError, match="no block 4; the model has 0 to 3"):
+        kit.unlearning(RMU(4))
+    with pytest.raises(ValueError, match="matches 4 layers"):
+        kit.unlearning(edited=r"language\.model\.layers\.\d\.mlp\.down_proj")
+    with pytest.raises(LookupError, match="matches no module"):
+        kit.unlearning(edited="nothing")
+    with pytest.raises(ValueError, match="two of the name 'head projection'"):
+        kit.unlearning(attacks=[HeadProjection([4]), HeadProjection([3])])
+
+
+def with_items(change):
+    class Changed(kit.ToyFacts):
+        def read(self, split):
+            return [change(sample) for sample in super().read(split)]
+
+    return Changed(eval_batch_size=5)
+
+
+def test_items_that_lack_something_are_named_before_anything_is_computed():
+    with pytest.raises(DataError, match="item '0' of toys has no neighbours"):
+        kit.rows_of(kit.unlearning(), with_items(lambda s: replace(s, fact=replace(s.fact, neighbour_questions=()))))
+    with pytest.raises(DataError, match="'fact'"):
+        kit.rows_of(kit.unlearning(), with_items(lambda s: replace(s, fact=None)))
+    relearning = kit.unlearning(attacks=[Relearning(HeadProjection([4]), source="neighbours", pairs=3)])
+    with pytest.raises(DataError, match="item '0' has fewer than 3 neighbours samples"):
+        kit.rows_of(relearning)
+
+
+def test_a_loss_that_is_not_finite_names_the_item():
+    class Spoilt(EmptyResponse):
+        def __call__(self, views, references):
+            terms = super().__call__(views, references)
+            return replace(terms, totals=terms.totals + torch.tensor([0.0, math.inf, 0.0, 0.0, 0.0]))
+
+    with pytest.raises(DataError, match="the loss of item '1' is not finite in step 0"):
+        kit.rows_of(kit.unlearning(Spoilt()))
