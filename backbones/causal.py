@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulgurite.backbones.causal_specs import causal_spec
 from fulgurite.backbones.decoding import continuation_ids
@@ -74,6 +74,7 @@ class CausalBackbone(GenerativeBackbone):
         self.spec = causal_spec(self.language, projector, None if projector is None else self.get_submodule(projector))
         call_before(self.get_submodule(self.spec.block_names(self, "decoder")[0]), self.decoder_embedded)
         call_after(self.language.get_decoder(), self.read_out)
+        self.language.get_output_embeddings().register_forward_pre_hook(contiguous)
         self.source = str(checkpoint or source)
         if checkpoint is not None and not filled_later():
             fill_from_run(self, checkpoint)
@@ -181,3 +182,9 @@ def check_template(template: str, option: str, mark: str = "{}", meaning: str = 
     """Raise ValueError where a text has not one place ``mark``."""
     if template.count(mark) != 1:
         raise ValueError(f"{option}={template!r} must have one {mark}, {meaning}")
+
+
+def contiguous(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    """The last positions of a batch as a tensor of their own, lest they be multiplied row by row, each reading all of
+    the output matrix."""
+    return (args[0].contiguous(),)
