@@ -24,6 +24,7 @@ def folder(tmp_path):
         (("a",), "a.MP4"),
         (("a.mp4",), "a.MP4"),
         (("none", "b.avi"), "in/b.webm"),
+        (("c.avi",), "c.avi"),
         (("c.mkv",), "c.mkv"),
         (("clip.1",), "clip.1.mp4"),
         (("e",), "linked/e.mov"),
