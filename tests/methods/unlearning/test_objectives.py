@@ -131,6 +131,15 @@ def test_preferences_written_out(view, reference):
     assert loss(NPO(0.5), view, reference).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_pair_of_which_either_has_no_answer_is_no_preference(view, reference):
+    lose = random_view(3)
+    whole = DPO(0.2)([view, lose], [reference, lose])
+    view.labels[1], lose.labels[2] = IGNORED, IGNORED
+    terms = DPO(0.2)([view, lose], [reference, lose])
+    assert terms.counts.tolist() == [1, 0, 0, 1]
+    assert terms.totals.tolist() == pytest.approx([whole.totals[0].item(), 0, 0, whole.totals[3].item()])
+
+
 def test_npo_is_gradient_ascent_with_a_weight_that_fades(view, reference):
     rise = torch.tensor(plain_nll(view)) - torch.tensor(plain_nll(reference))
     found = gradient(loss(NPO(0.5), view, reference), view)
@@ -179,6 +188,13 @@ def test_the_target_of_ceu_gives_exactly_nothing_to_the_true_token(view):
     own = target.gather(-1, view.labels.clamp(min=0)[..., None])
     assert not own.any()
     torch.testing.assert_close(target.sum(-1), torch.ones(view.labels.shape))
+
+
+def test_the_target_of_ceu_is_taken_as_given(view):
+    late = view.labelled.cumsum(1) > 1
+    pull = (view.logits.softmax(-1) - without_true_token(view)).detach() / 6  # answers of 3, 1, 4 and 2 tokens
+    expected = pull.where((late & view.labelled)[..., None], 0.0)
+    torch.testing.assert_close(gradient(loss(CEU(), view), view), expected)
 
 
 def test_ceu_learns_nothing_of_answers_of_one_token_unless_told():
