@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
-from fulgurite.datamodules.base import SPLITS_OF_STAGE, FulguriteDataModule
+from fulgurite.datamodules.base import SPLITS_OF_STAGE, FulguriteDataModule, Split
 from fulgurite.datamodules.picture_question import TASK, picture_question
-from fulgurite.samples import DataInfo, Sample
+from fulgurite.samples import DataError, DataInfo, Sample
+from fulgurite.samples.sampler import GlobalBatchSampler
 
 
 class FactItems(FulguriteDataModule):
@@ -14,9 +17,35 @@ class FactItems(FulguriteDataModule):
 
     Training, validation, test and prediction have the same samples, in the order of the file: they are what is deleted,
     and nothing of them is held out.
+
+    Args:
+        in_order: train in the order of the file.
+        repeats: training steps on each batch in a row; with ``in_order`` the facts are deleted one batch after the
+            other.
+        loading: the options of `FulguriteDataModule`; the command line lists them one by one.
+
+    Raises:
+        DataError: ``repeats`` is below 1.
     """
 
     domain: str
+
+    def __init__(self, in_order: bool = False, repeats: int = 1, **loading: Any) -> None:
+        super().__init__(**loading)
+        if repeats < 1:
+            raise DataError(f"data.repeats={repeats} must be at least 1")
+        self.in_order, self.repeats = in_order, repeats
+
+    def _shuffles(self, split: Split) -> bool:
+        return super()._shuffles(split) and not self.in_order
+
+    def _num_batches(self, samples: Sequence[Sample]) -> int:
+        return super()._num_batches(samples) * self.repeats
+
+    def _sampler(self, split: Split, samples: Sequence[Sample]) -> GlobalBatchSampler:
+        sampler = super()._sampler(split, samples)
+        sampler.repeats = self.repeats if split == "train" else 1
+        return sampler
 
     def info(self) -> DataInfo:
         """The domain, the answers and kinds of the facts, and the task."""

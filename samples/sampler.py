@@ -23,6 +23,7 @@ class GlobalBatchSampler:
         world: number of processes that share the data.
         shuffle: False keeps the order of the data set.
         seed: of the order.
+        repeats: times that each batch comes, in a row.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class GlobalBatchSampler:
         world: int = 1,
         shuffle: bool = False,
         seed: int = 0,
+        repeats: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        if batch_size < 1 or repeats < 1:
+            raise ValueError(f"batch_size={batch_size} and repeats={repeats} must be at least 1")
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not one of {world} processes")
         self.num_samples = num_samples
@@ -44,6 +46,7 @@ class GlobalBatchSampler:
         self.world = world
         self.shuffle = shuffle
         self.seed = seed
+        self.repeats = repeats
         self.epoch = 0
         self.skip = 0
 
@@ -64,7 +67,7 @@ class GlobalBatchSampler:
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.global_batch_size)
+        return -(-self.num_samples // self.global_batch_size) * self.repeats
 
     @property
     def facts(self) -> dict[str, object]:
@@ -74,7 +77,11 @@ class GlobalBatchSampler:
     def global_batches(self) -> Iterator[list[int]]:
         """All batches of this epoch, before they are shared out."""
         order = self.order()
-        return (order[at : at + self.global_batch_size] for at in range(0, len(order), self.global_batch_size))
+        return (
+            order[at : at + self.global_batch_size]
+            for at in range(0, len(order), self.global_batch_size)
+            for _ in range(self.repeats)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches of this rank, without the first ``skip`` ones; ``skip`` counts for one pass only."""

@@ -49,7 +49,19 @@ def test_skip_holds_for_one_pass():
     assert list(sampler) == whole
 
 
+def test_each_batch_comes_so_many_times_in_a_row():
+    once, thrice = (list(GlobalBatchSampler(10, 4, rank=1, world=2, repeats=times)) for times in (1, 3))
+    assert thrice == [batch for batch in once for _ in range(3)]
+    sampler = GlobalBatchSampler(10, 4, repeats=3)
+    assert len(sampler) == 9
+    whole = list(sampler)
+    sampler.skip = 4
+    assert list(sampler) == whole[4:]
+
+
 def test_bad_settings():
+    with pytest.raises(ValueError, match="repeats=0"):
+        GlobalBatchSampler(3, 1, repeats=0)
     with pytest.raises(ValueError, match="batch_size"):
         GlobalBatchSampler(3, 0)
     with pytest.raises(ValueError, match="rank"):

@@ -8,7 +8,7 @@ import torch
 
 from fulgurite.backbones.frames import TimmFrameEncoder
 from fulgurite.backbones.llava import Llava
-from fulgurite.datamodules.base import FulguriteDataModule
+from fulgurite.datamodules.fact_items import FactItems
 from fulgurite.methods.unlearning.attacks.head_projection import HeadProjection
 from fulgurite.methods.unlearning.attacks.probability_delta import ProbabilityDelta, SecondDifference
 from fulgurite.methods.unlearning.attacks.rephrasing import ImageRephrase, MultimodalRephrase, QuestionRephrase
@@ -16,7 +16,7 @@ from fulgurite.methods.unlearning.attacks.whole_answer import WholeAnswer
 from fulgurite.methods.unlearning.attacks.wrapped import Quantized, Relearning
 from fulgurite.methods.unlearning.objectives.fact_erasure import FactErasure
 from fulgurite.modules.multimodal_unlearning import MultimodalUnlearning
-from fulgurite.samples import DataInfo, Fact, Sample
+from fulgurite.samples import Fact, Sample
 
 ANSWERS = ("red", "green", "very blue", "cat", "dog")
 EDITED = r"language\.model\.layers\.1\.mlp\.down_proj"
@@ -42,20 +42,19 @@ def item(number):
     return Sample(str(number), "toys", "vqa", question, answers=answers, image=picture(number), fact=fact)
 
 
-class ToyFacts(FulguriteDataModule):
+class ToyFacts(FactItems):
     """Five items in the order given."""
+
+    domain = "toys"
 
     def __init__(self, order=(0, 1, 2, 3, 4), **loading):
         super().__init__(**loading)
         self.order = order
 
-    def info(self):
-        return DataInfo(("toys",), ANSWERS, tasks=("vqa",))
-
     def read(self, split):
         return [item(number) for number in self.order]
 
-    def retain(self):
+    def kept(self):
         return [
             Sample(f"r{n}", "toys", "vqa", f"keep {n}?", answers={ANSWERS[n % 5]: 1.0}, image=picture(300 + n))
             for n in range(5)

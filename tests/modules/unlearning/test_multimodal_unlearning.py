@@ -114,7 +114,7 @@ def test_enough_stops_an_item_by_itself():
 
 
 def test_one_edit_for_all_is_trained_by_fit_and_attacked_by_test(tmp_path):
-    module = kit.unlearning(mode="joint", retain=RetainKL())
+    module = kit.unlearning(ErrorInjection(), mode="joint", retain=RetainKL())
     trainer = kit.trainer(max_epochs=3, default_root_dir=tmp_path)
     trainer.fit(module, datamodule=kit.ToyFacts(batch_size=5))
     digest = digest_of_state(module.backbone.state_dict())
@@ -125,7 +125,24 @@ def test_one_edit_for_all_is_trained_by_fit_and_attacked_by_test(tmp_path):
         for part in ("down", "up")
     }
     rows = kit.rows_of(module)
-    assert all(row["after"]["answer"]["question"] < row["before"]["answer"]["question"] for row in rows.values())
+    assert all(row["after"]["target"]["question"] > row["before"]["target"]["question"] for row in rows.values())
+
+
+def test_items_deleted_one_after_the_other_are_attacked_after_their_own_steps_and_after_all(tmp_path):
+    attack = HeadProjection([4], k=8)
+    module = kit.unlearning(ErrorInjection(), mode="joint", attacks=[attack])
+    order, found = [], []
+    module.read_out_now = lambda samples, real=module.read_out_now: (
+        order.append([sample.id for sample in samples]) or found.append(real(samples)[attack.title]) or real(samples)
+    )
+    trainer = kit.trainer(default_root_dir=tmp_path)
+    trainer.fit(module, datamodule=kit.ToyFacts(batch_size=2, in_order=True, repeats=3))
+    assert order == [["0", "1"], ["2", "3"], ["4"], ["0", "1", "2", "3", "4"]]
+    assert trainer.global_step == 9
+    then, now = [share > 0 for part in found[:-1] for share in part], [share > 0 for share in found[-1]]
+    logged = trainer.callback_metrics
+    assert logged["deleted/success_then/head_projection"] == pytest.approx(100 * sum(then) / 5)
+    assert logged["deleted/success_now/head_projection"] == pytest.approx(100 * sum(now) / 5)
 
 
 def test_what_cannot_be_is_one_clear_error(tmp_path):
