@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fulgurite.datamodules import subtitled
 from fulgurite.datamodules.subtitled import time_of
 from fulgurite.datamodules.tvc import Tvc, Yc2c
 from fulgurite.datamodules.tvqa import How2Qa, Tvqa
@@ -94,7 +95,9 @@ def test_video_files_can_stand_in_for_features(own, clips):
     assert data.folders == [own, own / "clips"]
 
 
-def test_files_are_those_that_are_named(own):
+def test_files_are_those_that_are_named_and_it_is_said_how_many_have_subtitles(own, monkeypatch):
+    told = []
+    monkeypatch.setattr(subtitled, "rank_zero_info", told.append)
     said = [{"text": "Hello "}, {"text": " there."}]
     rows = [{"vid_name": "tv0", "sub": []}, {"vid_name": "tv1", "sub": said}]
     (own / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,6 +105,7 @@ def test_files_are_those_that_are_named(own):
     assert [(s.speech, s.domain) for s in data.samples("train")] == [
         (speech, "mine") for speech in (None, "Hello there.", None)
     ]
+    assert told == ["mine train: 33.3% of 3 with subtitles"]
     assert data.samples("train")[0].question.startswith("[Subs] [Q]")
     assert data.folders == [own, own / "vis_features/tv/clip-vit"]
 
