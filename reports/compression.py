@@ -168,7 +168,7 @@ def tradeoff_figure(points: Sequence[Point], size: str, score: str, title: str, 
             color=LINES[number % len(LINES)],
             linewidth=1.4,
             markersize=5,
-            label=shortened(name),
+            label=shortened(name if len(members) > 1 else members[0].name),
         )
     axes.set_xlabel(size, fontsize=8.5, color=SOFT)
     axes.set_ylabel(score, fontsize=8.5, color=SOFT)

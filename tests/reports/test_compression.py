@@ -3,7 +3,13 @@
 import re
 
 from fulgurite.methods.compression import LayerReport
-from fulgurite.reports.compression import Point, compression_sections, family_of, tradeoff_section
+from fulgurite.reports.compression import (
+    Point,
+    compression_sections,
+    family_of,
+    tradeoff_figure,
+    tradeoff_section,
+)
 
 
 def report(block, kind, sparsity, bits=None, kept=0.0, tower="text", shape=(4, 8)):
@@ -54,3 +60,9 @@ def test_models_of_one_family_are_joined_in_order_of_size():
     assert {family_of(point.name) for point in points} == {"gptq", "rtn"}
     assert family_of("wanda 50 %") == "wanda"
     assert family_of("dense") == "dense"
+
+
+def test_a_model_alone_in_its_family_keeps_its_whole_name():
+    points = [Point("LST /8", 1.0, 2.0), Point("rtn 4", 2.0, 3.0), Point("rtn 3", 1.0, 1.0)]
+    (axes,) = tradeoff_figure(points, "size", "score", "title").axes
+    assert [line.get_label() for line in axes.lines] == ["LST /8", "rtn"]
