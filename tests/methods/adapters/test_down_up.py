@@ -61,10 +61,10 @@ def test_dropout_is_behind_the_activation_and_only_while_training():
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_mixture_has_the_scale_and_the_type_of_what_it_changes(grad):
-    experts = [adapter(seed, enters=4, scale=0.5, norm_after=4) for seed in range(2)]
-    y, mixture = drawn(2, 4).bfloat16(), Mixture.of(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    experts = [adapter(seed, enters=4, scale=0.5, norm_after=4, parallel=True) for seed in range(2)]
+    x, y, mixture = drawn(2, 4, seed=5), drawn(2, 4).bfloat16(), Mixture.of(torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
-        found, expected = DownUp.mix(experts, mixture, y, y), experts[1](y, y)
+        found, expected = DownUp.mix(experts, mixture, x, y), experts[1](x, y)
     assert found.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
 
