@@ -69,7 +69,7 @@ class TextTask(AnsweringModule):
         """(B,) numbers of the labels, or scores.
 
         Raises:
-            DataError: a sample has no label, or none that is known.
+            DataError: a sample has no label, or none that is known, or data without labels one that is no number.
         """
         best = [max(answers, key=answers.__getitem__, default=None) for answers in batch["answers"]]
         numbers = {label: number for number, label in enumerate(self.labels)}
@@ -78,7 +78,13 @@ class TextTask(AnsweringModule):
                 raise DataError(f"sample {name!r} has the label {label!r}, which is none of {list(self.labels)}")
         if self.labels:
             return torch.tensor([numbers[label] for label in best], device=self.device)
-        return torch.tensor([float(label) for label in best], device=self.device)
+        try:
+            return torch.tensor([float(label) for label in best], device=self.device)
+        except ValueError as error:
+            raise DataError(
+                f"samples {batch['id']} have answers that are no scores ({error}), and the data name no labels: for "
+                "answers in words take VisionLanguageGeneration"
+            ) from error
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(B,) of (B, C) scores."""

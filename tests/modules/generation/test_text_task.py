@@ -119,6 +119,10 @@ def test_bad_settings(kit, root, tmp_path):
     data = Glue(root, "sst2", form="pair", batch_size=8)
     with pytest.raises(DataError, match="num_labels=2"):
         kit.trainer_of(tmp_path).fit(module(num_labels=3), datamodule=data)
+    scores = module(num_labels=1)
+    scores.labels = ()
+    with pytest.raises(DataError, match=r"samples \['a'\] have answers that are no scores .*'good'"):
+        scores.targets({"id": ["a"], "answers": [{"good": 1.0}]})
     collator = backbone(max_tokens=4).collator("fit")
     with pytest.raises(DataError, match=r"'a' has 5 tokens; raise backbone.init_args.max_tokens=4"):
         collator([Sample(id="a", domain="d", question="a good film")])
