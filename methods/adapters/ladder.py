@@ -147,7 +147,7 @@ class LadderSide(Spanning):
             self.stacks[-1].norm = nn.Identity()
         last = self.stacks[-1].family.width
         self.up = nn.Linear(last // reduction, last)
-        self.merge_gate = nn.Parameter(torch.zeros(())) if merge_last else None
+        self.merge_gate = nn.Parameter(torch.zeros(1)) if merge_last else None  # FSDP2 takes no scalars
         self.register_buffer("mu", torch.tensor(0.5) if gate.startswith("schedule") else None)
         if gate.startswith("schedule"):
             self.start_epoch(0)

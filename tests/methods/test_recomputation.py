@@ -14,7 +14,7 @@ FACTOR = contextvars.ContextVar("factor", default=1.0)
 
 
 class Block(nn.Module):
-    """x + drop(W_2 tanh(W_1 x)) times a factor that it looks up."""
+    """x + drop(W_2 tanh(c W_1 x)) with a factor c that it looks up."""
 
     def __init__(self):
         super().__init__()
@@ -22,8 +22,8 @@ class Block(nn.Module):
 
     def forward(self, x, *, scale=1.0):
         self.runs += 1
-        inside = self.second(torch.tanh(self.first(x)))
-        return x + nn.functional.dropout(inside, 0.5, self.training) * FACTOR.get() * scale
+        inside = self.second(torch.tanh(FACTOR.get() * self.first(x)))
+        return x + nn.functional.dropout(inside, 0.5, self.training) * scale
 
 
 def stack(blocks=3):

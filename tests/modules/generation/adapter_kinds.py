@@ -17,6 +17,7 @@ from fulgurite.methods.adapters.soft_prompt import SoftPrompt
 from fulgurite.methods.adapters.sparse_mask import SparseMask
 
 TASKS = ["nlvr2", "caption"]
+LADDER = ["embedded", "encoder_block", "decoder_block", "read_out"]
 SUBLAYERS = ["self_attention_output", "cross_attention_output", "feed_forward_output"]
 BOTTLENECK = functools.partial(Bottleneck, reduction=4)
 
@@ -36,8 +37,22 @@ KINDS = {
     "bias": lambda: placed(["linears", "layer_norms"], Bias, new=True),
     "soft_prompt": lambda: placed(["encoder_prompt", "decoder_prompt"], SoftPrompt, length=3, hidden=8),
     "per_task": lambda: placed(["feed_forward_output"], PerTask, kind=BOTTLENECK, tasks=TASKS, shared=["down"]),
-    "ladder": lambda: placed(["embedded", "encoder_block", "decoder_block", "read_out"], LadderSide, reduction=2),
+    "ladder": lambda: placed(LADDER, LadderSide, reduction=2, merge_last=True),
     "sparse_mask": lambda: placed(["parameters"], SparseMask, density=0.01, samples=4),
     "replace": lambda: placed(["visual_embedding", "layer_norms"], Replace),
     "full": None,
 }
+
+
+def beside_each_other():
+    """Every kind that has an adapter per site, each at sites of its own."""
+    return [
+        *placed(["attention_query", "attention_value"], LoRA, rank=2),
+        *placed(["self_attention_output"], Compacter, reduction=4, division=2),
+        *placed(["cross_attention_output"], LowRankAdapter, reduction=4),
+        *placed(["attention_key", "feed_forward_input"], IA3),
+        *placed(["feed_forward_output"], Bottleneck, reduction=4),
+        *placed(["layer_norms"], Bias, new=True),
+        *placed(["encoder_prompt", "decoder_prompt"], SoftPrompt, length=3, hidden=8),
+        *placed(["visual_embedding"], Replace),
+    ]

@@ -37,6 +37,7 @@ BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_positi
 WORDS = {"vocab_size": 30522, "pad_token_id": 0, "eos_token_id": 102}
 SHAPES = {
     "t5": (VLT5, {**T5, **WORDS, "decoder_start_token_id": 0}),
+    "t5 without dropout": (VLT5, {**T5, **WORDS, "decoder_start_token_id": 0, "dropout_rate": 0.0}),
     "bart": (VLBart, {**BART, **WORDS, "decoder_start_token_id": 102}),
 }
 
@@ -201,6 +202,21 @@ def fitted_and_tested(folder, make=module, data=toys, **options):
     }
 
 
+def small(adapters, recompute=False):
+    """Two steps of adapters with values that no fresh one has."""
+
+    def make():
+        backbone = {"recompute": recompute}
+        model = module("t5 without dropout", adapters, num_beams=1, caption_tokens=2, backbone=backbone)
+        with torch.no_grad():
+            for parameter in model.bank.parameters_of("live"):
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+    sizes = {"train": 4, "val": 2, "test": 2}
+    return {"make": make, "data": lambda: toys(["nlvr2", "caption"], sizes, batches="mixed")}
+
+
 RUNS = {
     "one task a batch": {"gradient_clip_val": 5.0},
     "mixed, an adapter per task": {
@@ -208,6 +224,10 @@ RUNS = {
         "data": lambda: toys(batches="mixed"),
     },
     "sparse mask": {"make": lambda: module(adapters=sparse_mask), "data": lambda: toys(("vqa", "nlvr2"))},
+    "kinds per site": small(sys.modules["adapter_kinds"].beside_each_other),
+    "hyperformer, recomputed": small(sys.modules["adapter_kinds"].KINDS["hyperformer"], recompute=True),
+    "ladder, recomputed": small(sys.modules["adapter_kinds"].KINDS["ladder"], recompute=True),
+    "all, recomputed": small(None, recompute=True),
 }
 
 
