@@ -79,12 +79,14 @@ def attacks(rounds: int) -> None:
     published()
     whole = (time.perf_counter() - start) * STATES / TIMED
     peak = peak_bytes(lambda: read(last))
-    whole_peak = STATES * POSITIONS * VOCABULARY * 4 * 4  # logits, distribution, sorted values and their 8-byte ids: 20
+    # Logits, probabilities, sorted values, and their ids of 8 bytes.
+    whole_peak = STATES * POSITIONS * VOCABULARY * (4 + 4 + 4 + 8)
     sorted_peak = peak_bytes(published)
     print(f"floor, one product with the output matrix: {1e3 * taken['floor']:.1f} ms")
     print(
         f"three attacks on {len(layers)} layers: {1e3 * taken['ours']:.1f} ms, "
-        f"{taken['ours'] / taken['floor']:.2f} reads (bar 4); peak {peak / MIB:.2f} MiB, {peak / (len(layers) * VOCABULARY):.1f} |S| V bytes (bar 8)"
+        f"{taken['ours'] / taken['floor']:.2f} reads (bar 4); peak {peak / MIB:.2f} MiB, "
+        f"{peak / (len(layers) * VOCABULARY):.1f} |S| V bytes (bar 8)"
     )
     print(
         f"all positions and layers, sorted: {whole:.1f} s ({TIMED} of {STATES} layers timed), "

@@ -17,35 +17,33 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import nn
 
 from fulgurite.backbones.generation import GenerativeBackbone
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.schedules import Constant, Schedule, WarmupLinear
 from fulgurite.methods.structure import any_sites
-from fulgurite.methods.unlearning.attacks.base import Attack, WhiteBox
+from fulgurite.methods.unlearning.attacks.base import Attack
 from fulgurite.methods.unlearning.attacks.head_projection import HeadProjection
 from fulgurite.methods.unlearning.attacks.wrapped import Relearning, Wrapped
 from fulgurite.methods.unlearning.edits.base import Edit
 from fulgurite.methods.unlearning.edits.low_rank import LowRankEdit
 from fulgurite.methods.unlearning.lens import check_layers
-from fulgurite.methods.unlearning.objectives.base import Objective, Terms
+from fulgurite.methods.unlearning.objectives.base import Objective
 from fulgurite.methods.unlearning.objectives.error_injection import ErrorInjection
 from fulgurite.methods.unlearning.objectives.retain import RetainTerm
-from fulgurite.metrics.unlearning import AttackSuccess
 from fulgurite.modules.edited_state import EditedState
-from fulgurite.modules.extraction import read_out
-from fulgurite.modules.item_editing import Recipe, objective_views, retain_view, trained
+from fulgurite.modules.item_editing import Recipe, trained
 from fulgurite.modules.item_figures import figures_of
-from fulgurite.modules.item_questions import ItemQuestions, answer_of, require_facts
+from fulgurite.modules.item_questions import answer_of, require_facts
+from fulgurite.modules.joint_deletion import JointDeletion
 from fulgurite.modules.optimization import ParamGroup
-from fulgurite.modules.unlearning_summary import key_of, summary
+from fulgurite.modules.unlearning_summary import summary
 from fulgurite.reports.page import Section
 from fulgurite.reports.unlearning import sections_of_unlearning
 from fulgurite.samples import Batch, Collator, DataError, DataInfo, Sample, Stage, sample_fields
 
 POINT = "edited"
-DELETED = {"success_before": "success_then", "success": "success_now"}  # after an item's own steps, and after all
 
 
 class Items:
@@ -79,7 +77,7 @@ class FactCollator:
         return {**sample_fields(samples), "items": Items(samples)}
 
 
-class MultimodalUnlearning(ItemQuestions):
+class MultimodalUnlearning(JointDeletion):
     """See the module's text.
 
     Args:
@@ -159,7 +157,6 @@ class MultimodalUnlearning(ItemQuestions):
         self.attack_seed = attack_seed
         self._check()
         self.before: dict[tuple[str, ...], dict[str, Any]] = {}
-        self.deleted: dict[str, dict[str, float]] = {}
 
     def _check(self) -> None:
         """Raise ValueError where a layer is not there, or two attacks have one title."""
@@ -249,89 +246,6 @@ class MultimodalUnlearning(ItemQuestions):
         with torch.enable_grad():
             trained(self, state, edit, recipe, learned, None, [sample.id for sample in samples])
         edit.requires_grad_(False)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of the global batch, whatever the number of processes."""
-        samples = batch["items"].samples
-        forget = self.forgotten(samples)
-        references: list[Any] = [None] * len(forget.labels)
-        if self.objective.needs_reference:
-            with torch.no_grad(), self.bank.use(None):
-                references = list(objective_views(self, self.objective, forget))
-        terms = self.objective(objective_views(self, self.objective, forget), references)
-        loss = self.forget_weight * self.mean_over_ranks(terms, batch["counted"][forget.items], "forget")
-        if self.retain is not None:
-            place = f"{self.trainer.current_epoch}"
-            kept = self.kept([self.drawn_of(sample, 1, f"retain {place}", self.retained) for sample in samples])
-            reference = None
-            if self.retain.needs_reference:
-                with torch.no_grad(), self.bank.use(None):
-                    reference = retain_view(self, self.retain, kept)
-            stays = self.retain(retain_view(self, self.retain, kept), reference)
-            loss = loss + self.retain_weight * self.mean_over_ranks(stays, batch["counted"][kept.items], "retain")
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(samples), sync_dist=True)
-        return loss
-
-    def mean_over_ranks(self, terms: Terms, counted: Tensor, name: str) -> Tensor:
-        """Totals by counts of all ranks' rows, times their number, as the mean of gradients asks for."""
-        counted = counted.to(terms.counts.device)
-        counts = self.trainer.strategy.reduce((terms.counts * counted).sum(), reduce_op="sum")
-        loss = (terms.totals * counted).sum() / counts.clamp(min=1) * self.trainer.world_size
-        self.log(f"train/{name}", loss.detach(), batch_size=len(counted), sync_dist=True)
-        return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """The edit goes back to where it may be. Items that are deleted one batch after the other are attacked when
-        theirs has had its last step."""
-        for edit in self.bank.adapters_of("live").values():
-            edit.project()
-        repeats = getattr(self.trainer.datamodule, "repeats", 1)
-        if repeats > 1 and (batch_idx + 1) % repeats == 0:
-            counted = batch["counted"].tolist()
-            samples = batch["items"].samples
-            shares = self.read_out_now(samples)
-            for number, (sample, counts) in enumerate(zip(samples, counted)):
-                if counts:
-                    self.deleted[f"{sample.domain}/{sample.id}"] = {title: own[number] for title, own in shares.items()}
-
-    def on_train_epoch_end(self) -> None:
-        """As in the base; items deleted one batch after the other are attacked once more, to see what came back."""
-        super().on_train_epoch_end()
-        if not self.deleted:
-            return
-        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
-        pool = [sample for sample in self.pool if f"{sample.domain}/{sample.id}" in self.deleted]
-        now = self.read_out_now(pool)
-        success = AttackSuccess({key_of(attack): attack.budget for attack in white}).to(self.device)
-        ids = [f"{sample.domain}/{sample.id}" for sample in pool]
-        for attack in white:
-            then = torch.tensor([self.deleted[name][attack.title] for name in ids], dtype=torch.float64)
-            after = torch.tensor(now[attack.title], dtype=torch.float64)
-            success.update(ids, key_of(attack), after=after, before=then)
-        for name, value in success.compute().items():
-            kind, _, rest = name.partition("/")
-            if kind in DELETED and "/" not in rest:
-                self.log(f"deleted/{DELETED[kind]}/{rest}", value.float(), sync_dist=False)
-        self.deleted = {}
-
-    def read_out_now(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
-        """What white-box attacks find at present, by title."""
-        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
-        was_training = self.training
-        self.eval()
-        found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True)) if white else {}
-        self.train(was_training)
-        return found
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in the base, with what was found of the items deleted so far."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["fulgurite"]["deleted"] = self.deleted
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As in the base."""
-        super().on_load_checkpoint(checkpoint)
-        self.deleted = dict(checkpoint["fulgurite"]["deleted"])
 
     def on_test_start(self) -> None:
         """Fresh rows for every test."""

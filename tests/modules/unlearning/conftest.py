@@ -1,6 +1,7 @@
 """Made-up facts about made-up pictures, and a tiny LLaVA of random weights that is asked about them."""
 
 import functools
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
@@ -14,7 +15,12 @@ from fulgurite.methods.unlearning.attacks.probability_delta import ProbabilityDe
 from fulgurite.methods.unlearning.attacks.rephrasing import ImageRephrase, MultimodalRephrase, QuestionRephrase
 from fulgurite.methods.unlearning.attacks.whole_answer import WholeAnswer
 from fulgurite.methods.unlearning.attacks.wrapped import Quantized, Relearning
+from fulgurite.methods.unlearning.edits.low_rank import LowRankEdit
+from fulgurite.methods.unlearning.edits.whole_weight import WholeWeightEdit
+from fulgurite.methods.unlearning.objectives.error_injection import ErrorInjection
 from fulgurite.methods.unlearning.objectives.fact_erasure import FactErasure
+from fulgurite.methods.unlearning.objectives.npo import NPO
+from fulgurite.methods.unlearning.objectives.retain import RetainKL
 from fulgurite.modules.multimodal_unlearning import MultimodalUnlearning
 from fulgurite.samples import Fact, Sample
 
@@ -42,17 +48,24 @@ def item(number):
     return Sample(str(number), "toys", "vqa", question, answers=answers, image=picture(number), fact=fact)
 
 
+def fewer(sample):
+    """The item with one neighbour question, and no neighbour picture."""
+    fact = replace(sample.fact, neighbour_questions=sample.fact.neighbour_questions[:1], neighbour_images={})
+    return replace(sample, fact=fact)
+
+
 class ToyFacts(FactItems):
     """Five items in the order given."""
 
     domain = "toys"
 
-    def __init__(self, order=(0, 1, 2, 3, 4), **loading):
+    def __init__(self, order=(0, 1, 2, 3, 4), uneven=False, **loading):
         super().__init__(**loading)
-        self.order = order
+        self.order, self.uneven = order, uneven
 
     def read(self, split):
-        return [item(number) for number in self.order]
+        samples = [item(number) for number in self.order]
+        return [fewer(sample) if self.uneven and sample.id in "13" else sample for sample in samples]
 
     def kept(self):
         return [
@@ -96,6 +109,14 @@ def unlearning(objective=None, **options):
     return MultimodalUnlearning(backbone(), objective or FactErasure(), **{**given, **options})
 
 
+class Losses(pl.Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.losses.append(float(outputs["loss"]))
+
+
 def trainer(**options):
     given = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     return pl.Trainer(**{**given, "enable_model_summary": False, "max_epochs": 1, **options})
@@ -105,6 +126,69 @@ def rows_of(module, data=None, **options):
     """Rows by id."""
     trainer(**options).test(module, datamodule=data or ToyFacts(eval_batch_size=5), verbose=False)
     return {row["id"]: row for row in module.test_answers}
+
+
+class Steps(pl.Callback):
+    """The loss of every step."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean").item())
+
+
+def run(module, data, folder, fits, **options):
+    """A fit, if asked for, and a test; what they gave."""
+    steps = Steps()
+    own = trainer(callbacks=[steps], use_distributed_sampler=False, default_root_dir=folder, **options)
+    if fits:
+        own.fit(module, datamodule=data)
+    figures = {name: float(value) for name, value in own.logged_metrics.items() if name.startswith("deleted")}
+    own.test(module, datamodule=data, verbose=False)
+    edit = {name: getattr(value, "full_tensor", value.clone)() for name, value in module.state_dict().items()}
+    return {
+        "losses": steps.losses,
+        "figures": figures | module.test_results["figures"],
+        "rows": {row["id"]: row for row in module.test_answers},
+        "edit": {name: value for name, value in edit.items() if ".live." in name and fits},
+    }
+
+
+def run_independent(folder, **options):
+    """All kinds of attacks; items have different numbers of rows, so that passes would part where ranks do not meet."""
+    module = unlearning(attacks=attacks(), rows_per_pass=7)
+    return run(module, ToyFacts(eval_batch_size=4, uneven=True), folder, False, **options)
+
+
+def joint(objective, folder, data, edit=LowRankEdit, **options):
+    torch.manual_seed(0)
+    given = {"mode": "joint", "retain": RetainKL(), "edit": edit, "rows_per_pass": 7}
+    return run(unlearning(objective, **given), data, folder, True, **options)
+
+
+def run_joint(folder, **options):
+    data = ToyFacts(batch_size=4, eval_batch_size=4)
+    edit = functools.partial(LowRankEdit, dropout=0.0)
+    return joint(NPO(), folder, data, edit, max_epochs=3, **options)
+
+
+def run_one_after_the_other(folder, **options):
+    data = ToyFacts(batch_size=2, eval_batch_size=4, in_order=True, repeats=2)
+    return joint(ErrorInjection(), folder, data, functools.partial(WholeWeightEdit, ball=0.05), **options)
+
+
+RUNS = {"independent": run_independent, "joint": run_joint, "one after the other": run_one_after_the_other}
+
+
+@pytest.fixture(scope="session")
+def runs():
+    return RUNS
+
+
+@pytest.fixture(scope="session")
+def same():
+    return assert_same
 
 
 @pytest.fixture(scope="module")

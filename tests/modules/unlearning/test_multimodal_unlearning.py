@@ -1,5 +1,6 @@
 """Items edited, attacked and restored: independence, identity, figures and errors."""
 
+import functools
 import importlib.util
 import math
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from fulgurite.checkpoints.digest import digest_of_state
 from fulgurite.methods.unlearning.attacks.head_projection import HeadProjection
 from fulgurite.methods.unlearning.attacks.wrapped import Relearning
+from fulgurite.methods.unlearning.edits.low_rank import LowRankEdit
 from fulgurite.methods.unlearning.edits.whole_weight import WholeWeightEdit
 from fulgurite.methods.unlearning.objectives.empty_response import EmptyResponse
 from fulgurite.methods.unlearning.objectives.error_injection import ErrorInjection
@@ -126,6 +128,45 @@ def test_one_edit_for_all_is_trained_by_fit_and_attacked_by_test(tmp_path):
     }
     rows = kit.rows_of(module)
     assert all(row["after"]["target"]["question"] > row["before"]["target"]["question"] for row in rows.values())
+
+
+def test_a_fit_asks_the_model_before_the_edit_once(tmp_path):
+    """NPO at the start is (2 / beta) log 2; the losses are those of a reference that is passed in every step."""
+
+    class Asking(NPO):
+        keeps_nll = False
+
+    losses = []
+    for kind in (NPO, Asking):
+        torch.manual_seed(0)
+        module = kit.unlearning(kind(beta=0.5), mode="joint", edit=functools.partial(LowRankEdit, dropout=0.0))
+        calls = []
+        module.backbone.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        seen = kit.Losses()
+        trainer = kit.trainer(max_epochs=4, default_root_dir=tmp_path, callbacks=[seen])
+        trainer.fit(module, datamodule=kit.ToyFacts(batch_size=5))
+        losses.append(seen.losses)
+        assert len(calls) == (1 + 4 if kind is NPO else 2 * 4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] == pytest.approx(2 / 0.5 * math.log(2))
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_rmu_runs_no_block_behind_its_own():
+    module = kit.unlearning(RMU(1), steps=2)
+    called = []
+    for number, block in enumerate(module.blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: called.append((number, torch.is_grad_enabled())))
+    kit.rows_of(module)
+    assert {number for number, graded in called if graded} == {0, 1}
+
+
+def test_head_projection_at_the_last_layer_takes_what_is_written():
+    module = kit.unlearning(attacks=[HeadProjection([4], k=1)], answer_tokens=1)
+    for row in kit.rows_of(module).values():
+        for when in ("before", "after"):
+            first = module.backbone.tokenizer.decode(module.labels_of([row["gold"]])[0, :1])
+            assert (row[when]["attacks"]["head projection"] > 0) == (row[when]["written"] == first)
 
 
 def test_items_deleted_one_after_the_other_are_attacked_after_their_own_steps_and_after_all(tmp_path):

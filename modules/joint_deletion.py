@@ -1,0 +1,157 @@
+"""One edit that deletes all items of a data set together, or one batch after the other, by a fit.
+
+Losses are sums of all ranks by counts of all ranks. What is compared with is the model without its edit; no second
+model is held.
+
+Legend: R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fulgurite.methods.unlearning.attacks.base import Attack, WhiteBox
+from fulgurite.methods.unlearning.objectives.base import Terms, View, answer_nll
+from fulgurite.methods.unlearning.objectives.retain import RetainTerm
+from fulgurite.metrics.unlearning import AttackSuccess
+from fulgurite.modules.edited_state import EditedState
+from fulgurite.modules.extraction import read_out
+from fulgurite.modules.item_editing import Asked, objective_views, retain_view
+from fulgurite.modules.item_questions import ItemQuestions
+from fulgurite.modules.unlearning_summary import key_of
+from fulgurite.samples import Batch, Sample
+
+DELETED = {"success_before": "success_then", "success": "success_now"}  # after an item's own steps, and after all
+
+
+class JointDeletion(ItemQuestions):
+    """The fit of one edit; see `ItemQuestions`.
+
+    Attributes:
+        retain: what keeps other answers; None keeps nothing.
+        forget_weight: of the objective.
+        retain_weight: of the retain term.
+        attacks: of which those that read hidden states tell what comes back.
+        deleted: by item, what they found after its own steps, while items are deleted one batch after the other.
+        nll_before: by item, (targets, rows) losses of the model before the edit.
+    """
+
+    retain: RetainTerm | None
+    forget_weight: float
+    retain_weight: float
+    attacks: Sequence[Attack]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.deleted: dict[str, dict[str, float]] = {}
+        self.nll_before: dict[tuple[str, str], Tensor] = {}
+
+    def on_fit_start(self) -> None:
+        """As in the base. Where an objective compares probabilities of answers alone with those before the edit, one
+        pass over all items serves the whole fit; it is the same pass in a resumed one."""
+        super().on_fit_start()
+        self.nll_before = {}
+        if not self.objective.keeps_nll:
+            return
+        for start in range(0, len(self.pool), self.rows_per_pass):
+            samples = self.pool[start : start + self.rows_per_pass]
+            forget = self.forgotten(samples)
+            with torch.no_grad(), self.bank.use(None):
+                views = objective_views(self, self.objective, forget)
+            found = torch.stack([answer_nll(view) for view in views])
+            for number, sample in enumerate(samples):
+                self.nll_before[sample.domain, sample.id] = found[:, forget.items == number]
+
+    def reference_views(self, samples: Sequence[Sample], forget: Asked) -> list[View | None]:
+        """The model before the edit on the rows of the objective, or what is kept of it."""
+        if self.objective.keeps_nll:
+            known = torch.cat([self.nll_before[sample.domain, sample.id] for sample in samples], dim=1)
+            return [View(None, labels, nll=nll) for labels, nll in zip(forget.labels, known)]
+        if not self.objective.needs_reference:
+            return [None] * len(forget.labels)
+        with torch.no_grad(), self.bank.use(None):
+            return list(objective_views(self, self.objective, forget))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of the global batch, whatever the number of processes."""
+        samples = batch["items"].samples
+        forget = self.forgotten(samples)
+        references = self.reference_views(samples, forget)
+        terms = self.objective(objective_views(self, self.objective, forget), references)
+        loss = self.forget_weight * self.mean_over_ranks(terms, batch["counted"][forget.items], "forget")
+        if self.retain is not None:
+            place = f"{self.trainer.current_epoch}"
+            kept = self.kept([self.drawn_of(sample, 1, f"retain {place}", self.retained) for sample in samples])
+            reference = None
+            if self.retain.needs_reference:
+                with torch.no_grad(), self.bank.use(None):
+                    reference = retain_view(self, self.retain, kept)
+            stays = self.retain(retain_view(self, self.retain, kept), reference)
+            loss = loss + self.retain_weight * self.mean_over_ranks(stays, batch["counted"][kept.items], "retain")
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(samples), sync_dist=True)
+        return loss
+
+    def mean_over_ranks(self, terms: Terms, counted: Tensor, name: str) -> Tensor:
+        """Totals by counts of all ranks' rows, times their number, as the mean of gradients asks for."""
+        counted = counted.to(terms.counts.device)
+        counts = self.trainer.strategy.reduce((terms.counts * counted).sum(), reduce_op="sum")
+        loss = (terms.totals * counted).sum() / counts.clamp(min=1) * self.trainer.world_size
+        self.log(f"train/{name}", loss.detach(), batch_size=len(counted), sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """The edit goes back to where it may be. Items that are deleted one batch after the other are attacked when
+        theirs has had its last step."""
+        for edit in self.bank.adapters_of("live").values():
+            edit.project()
+        repeats = getattr(self.trainer.datamodule, "repeats", 1)
+        if repeats > 1 and (batch_idx + 1) % repeats == 0:
+            counted = batch["counted"].tolist()
+            samples = batch["items"].samples
+            shares = self.read_out_now(samples)
+            for number, (sample, counts) in enumerate(zip(samples, counted)):
+                if counts:
+                    self.deleted[f"{sample.domain}/{sample.id}"] = {title: own[number] for title, own in shares.items()}
+
+    def on_train_epoch_end(self) -> None:
+        """As in the base; items deleted one batch after the other are attacked once more, to see what came back."""
+        super().on_train_epoch_end()
+        if not self.deleted:
+            return
+        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
+        pool = [sample for sample in self.pool if f"{sample.domain}/{sample.id}" in self.deleted]
+        now = self.read_out_now(pool)
+        success = AttackSuccess({key_of(attack): attack.budget for attack in white}).to(self.device)
+        ids = [f"{sample.domain}/{sample.id}" for sample in pool]
+        for attack in white:
+            then = torch.tensor([self.deleted[name][attack.title] for name in ids], dtype=torch.float64)
+            after = torch.tensor(now[attack.title], dtype=torch.float64)
+            success.update(ids, key_of(attack), after=after, before=then)
+        for name, value in success.compute().items():
+            kind, _, rest = name.partition("/")
+            if kind in DELETED and "/" not in rest:
+                self.log(f"deleted/{DELETED[kind]}/{rest}", value.float(), sync_dist=False)
+        self.deleted = {}
+
+    def read_out_now(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """What white-box attacks find at present, by title."""
+        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
+        was_training = self.training
+        self.eval()
+        found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True)) if white else {}
+        self.train(was_training)
+        return found
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in the base, with what was found of the items deleted so far."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["fulgurite"]["deleted"] = self.deleted
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As in the base."""
+        super().on_load_checkpoint(checkpoint)
+        self.deleted = dict(checkpoint["fulgurite"]["deleted"])
