@@ -8,7 +8,8 @@ Legend: R rows, T answer tokens, S layers, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,9 +38,13 @@ class AnswerPasses(AdaptedModule):
         adapters: what trains beside it.
         answer_tokens: most tokens of an answer that is written.
         rows_per_pass: most rows of a pass.
+
+    Attributes:
+        pool: all samples of the data.
     """
 
     backbone: GenerativeBackbone
+    pool: Sequence[Sample]
 
     def __init__(
         self,
@@ -67,7 +72,7 @@ class AnswerPasses(AdaptedModule):
         was_sharded = isinstance(self, FSDPModule)
         super().configure_model()
         if isinstance(self, FSDPModule) and not was_sharded:
-            for name in ("view", "lens_at", "write_ids", "draw_ids"):
+            for name in ("view", "lens_at", "write_ids", "draw_ids", "encoded"):
                 register_fsdp_forward_method(self, name)
             for part in self.backbone.modules():
                 if hasattr(part, "generate"):
@@ -129,7 +134,14 @@ class AnswerPasses(AdaptedModule):
         return sampled_ids(self.backbone, batch, seeds, temperature, max_new_tokens)
 
     def encoded(self, samples: Sequence[Sample]) -> Batch:
-        """R questions as a batch on the device, with their pictures encoded."""
+        """R questions as a batch on the device, with their pictures encoded; one that is asked often is read once."""
+        keys = [(sample.question, id(sample.features if sample.image is None else sample.image)) for sample in samples]
+        asked = dict(zip(reversed(keys), reversed(samples)))
+        places = {key: place for place, key in enumerate(asked)}
+        rows = torch.tensor([places[key] for key in keys], device=self.device)
+        return self.rows_of(self._encoded(list(asked.values())), rows)
+
+    def _encoded(self, samples: Sequence[Sample]) -> Batch:
         collated = self.backbone.collator("test")(samples)
         batch = {name: value.to(self.device) for name, value in collated.items() if isinstance(value, Tensor)}
         return {name: value for name, value in with_features(self.backbone, batch).items() if name in READ}
@@ -142,10 +154,25 @@ class AnswerPasses(AdaptedModule):
         """(R, T) ids of answers. Raises DataError for one without tokens."""
         return answer_ids(self.backbone, list(texts)).to(self.device)
 
-    def _parts(self, rows: Sequence[Sample], items: Tensor) -> Iterator[tuple[slice, Batch, Tensor]]:
-        for start in range(0, len(rows), self.rows_per_pass):
-            part = slice(start, start + self.rows_per_pass)
-            yield part, self.encoded(rows[part]), items[part]
+    def _passes(
+        self,
+        rows: Sequence[Sample],
+        items: Tensor,
+        given: Sequence[Any],
+        spare: Any,
+        run: Callable[[Batch, Tensor, Sequence[Any]], Any],
+    ) -> list[Any]:
+        """What ``run(batch, items, given)`` says of each part of R rows.
+
+        Slices of weights are gathered by all processes at once, so that one with fewer rows passes a spare one.
+        """
+        parts = [slice(start, start + self.rows_per_pass) for start in range(0, len(rows), self.rows_per_pass)]
+        found = [run(self.encoded(rows[part]), items[part], given[part]) for part in parts]
+        if isinstance(self, FSDPModule):
+            number = torch.tensor(float(len(parts)), device=self.device)
+            for _ in range(len(parts), int(self.trainer.strategy.reduce(number, reduce_op="max"))):
+                run(self.encoded(self.pool[:1]), torch.zeros(1, dtype=torch.long, device=self.device), [spare])
+        return found
 
     def _texts(self, ids: Tensor) -> list[str]:
         return [text.strip() for text in self.backbone.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -153,11 +180,12 @@ class AnswerPasses(AdaptedModule):
     @torch.no_grad()
     def written(self, rows: Sequence[Sample], items: Tensor, state: EditedState) -> list[str]:
         """The likeliest answers to R questions."""
-        texts = []
-        for _, batch, own in self._parts(rows, items):
+
+        def run(batch: Batch, own: Tensor, given: Any) -> list[str]:
             with state.over(own):
-                texts += self._texts(self.write_ids(batch))
-        return texts
+                return self._texts(self.write_ids(batch))
+
+        return [*chain.from_iterable(self._passes(rows, items, rows, None, run))]
 
     @torch.no_grad()
     def drawn(
@@ -170,11 +198,12 @@ class AnswerPasses(AdaptedModule):
         max_new_tokens: int,
     ) -> list[str]:
         """Sampled answers to R questions."""
-        texts = []
-        for part, batch, own in self._parts(rows, items):
+
+        def run(batch: Batch, own: Tensor, seeds: Sequence[int]) -> list[str]:
             with state.over(own):
-                texts += self._texts(self.draw_ids(batch, seeds[part], temperature, max_new_tokens))
-        return texts
+                return self._texts(self.draw_ids(batch, seeds, temperature, max_new_tokens))
+
+        return [*chain.from_iterable(self._passes(rows, items, seeds, 0, run))]
 
     @torch.no_grad()
     def scored(
@@ -182,18 +211,18 @@ class AnswerPasses(AdaptedModule):
     ) -> dict[str, Tensor]:
         """(R,) by name: ``log_probability`` of whole answers, the sum over their tokens; per token ``probability``,
         ``exact_memorisation`` and ``min_k``, see `methods.unlearning.memorisation`."""
-        parts = []
-        for part, batch, own in self._parts(rows, items):
-            labels = self.labels_of(texts[part])
+
+        def run(batch: Batch, own: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+            labels = self.labels_of(texts)
             with state.over(own):
                 view = self.view(batch, labels)
             nll = answer_nll(view)
-            parts.append(
-                {
-                    "log_probability": -nll,
-                    "probability": probability(nll, view.lengths),
-                    "exact_memorisation": exact_memorisation(view.logits, labels),
-                    "min_k": min_k(token_log_probabilities(view.logits, labels), labels),
-                }
-            )
+            return {
+                "log_probability": -nll,
+                "probability": probability(nll, view.lengths),
+                "exact_memorisation": exact_memorisation(view.logits, labels),
+                "min_k": min_k(token_log_probabilities(view.logits, labels), labels),
+            }
+
+        parts = self._passes(rows, items, texts, "yes", run)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

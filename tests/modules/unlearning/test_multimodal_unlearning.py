@@ -152,6 +152,22 @@ def test_a_fit_asks_the_model_before_the_edit_once(tmp_path):
     assert losses[0][-1] < losses[0][0]
 
 
+def test_a_question_that_is_asked_often_is_encoded_once(full_rows):
+    module, _ = full_rows
+    seen = []
+    hook = module.backbone.encoder.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    one, two = kit.item(0), kit.item(1)
+    rows = [one, two, one, module.question(one, "what else?"), module.question(one, one.question, two.image), one]
+    found = module.encoded(rows)
+    hook.remove()
+    assert seen == [4]
+    for number, row in enumerate(rows):
+        alone = module.encoded([row])
+        assert torch.equal(found["features"][number], alone["features"][0])
+        length = alone["text"].shape[1]
+        assert torch.equal(found["text"][number, :length], alone["text"][0])
+
+
 def test_rmu_runs_no_block_behind_its_own():
     module = kit.unlearning(RMU(1), steps=2)
     called = []
