@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fulgurite.backbones.causal_specs import causal_spec
 from fulgurite.backbones.decoding import continuation_ids
-from fulgurite.backbones.generation import IGNORED, GenerativeBackbone, encoded_pictures, padded
+from fulgurite.backbones.generation import IGNORED, GenerativeBackbone, cut_ids, encoded_pictures, padded
 from fulgurite.backbones.generation_collator import VisualInput
 from fulgurite.backbones.run_weights import fill_from_run
 from fulgurite.backbones.slots import Slot, call_after, call_before
@@ -104,10 +104,10 @@ class CausalBackbone(GenerativeBackbone):
         """Features of the sampled frames; None where features come with the data."""
         return None if self.encoder is None else FeatureExtractor(self.encoder, self.visual.sampling)
 
-    def target_batch(self, texts: Sequence[str], max_length: int | None = None) -> Batch:
+    def target_batch(self, texts: Sequence[str], max_lengths: Sequence[int | None] | None = None) -> Batch:
         """As in the base; a text stands behind the prompt and a space, and ends with the end token."""
-        tokens = continuation_ids(self.tokenizer, texts)
-        tokens = [ids[: None if max_length is None else max_length - 1] + [self.end] for ids in tokens]
+        tokens = [[*ids, self.end] for ids in continuation_ids(self.tokenizer, texts)]
+        tokens = [cut_ids(ids, limit) for ids, limit in zip(tokens, max_lengths or [None] * len(tokens), strict=True)]
         return {"targets": padded(tokens, IGNORED)}
 
     @abstractmethod

@@ -51,16 +51,15 @@ class GenerativeBackbone(FrozenBackbone):
         ids = self.generate_ids(batch, num_beams, max_new_tokens)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def target_batch(self, texts: Sequence[str], max_length: int | None = None) -> Batch:
+    def target_batch(self, texts: Sequence[str], max_lengths: Sequence[int | None] | None = None) -> Batch:
         """``targets`` (B, T) long of texts to be written, with `IGNORED` for padding.
 
         Args:
             texts: themselves.
-            max_length: cut after so many tokens; None takes all.
+            max_lengths: after how many tokens each is cut; None takes all of it, or all of each.
         """
         tokens = self.tokenizer(list(texts))["input_ids"]
-        if max_length is not None:
-            tokens = [cut_ids(ids, max_length) for ids in tokens]
+        tokens = [cut_ids(ids, limit) for ids, limit in zip(tokens, max_lengths or [None] * len(tokens), strict=True)]
         return {"targets": padded(tokens, IGNORED)}
 
 
@@ -73,9 +72,9 @@ def encoded_pictures(encoder: nn.Module, visual: VisualInput, pixels: Tensor, re
     return out
 
 
-def cut_ids(ids: list[int], limit: int) -> list[int]:
-    """The first ``limit`` tokens, of which the last stays the end of the text."""
-    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
+def cut_ids(ids: list[int], limit: int | None) -> list[int]:
+    """The first ``limit`` tokens, of which the last stays the end of the text; None takes all."""
+    return ids if limit is None or len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
 
 def padded(rows: Sequence[list[int]], value: int) -> Tensor:

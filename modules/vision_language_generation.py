@@ -110,10 +110,9 @@ class VisionLanguageGeneration(AnsweringModule):
         return self.task_gradients.with_all(logits) if torch.is_grad_enabled() and self.shares_tasks else logits
 
     def targets(self, texts: Sequence[str], tasks: Sequence[str]) -> Tensor:
-        """(B, T) of texts that are learned, cut as their tasks say."""
-        lengths = {rules_of(task).target_length for task in tasks}
-        longest = None if None in lengths else max(length for length in lengths if length is not None)
-        return self.backbone.target_batch(texts, longest)["targets"].to(self.device)
+        """(B, T) of texts that are learned, each cut as its task says, whatever the others of the batch."""
+        lengths = [rules_of(task).target_length for task in tasks]
+        return self.backbone.target_batch(texts, lengths)["targets"].to(self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The published loss of each sample's task over the global batch, whatever the number of processes."""

@@ -129,7 +129,7 @@ def test_text_stands_in_the_template_and_answers_end():
     assert model.tokenizer.decode(batch["text"][0], skip_special_tokens=True) == "question : what is it answer :"
     targets = model.target_batch(["a bus", "no"])["targets"]
     assert targets.tolist() == [[1037, 3902, 102], [2053, 102, IGNORED]]
-    assert model.target_batch(["a bus"], max_length=2)["targets"].tolist() == [[1037, 102]]
+    assert model.target_batch(["a bus"], [2])["targets"].tolist() == [[1037, 102]]
     assert model(batch, targets[:1]).shape == (1, 3, 30522)
     with pytest.raises(DataError, match="max_tokens=10"):
         model.collator("fit")([sample, Sample("two", "d", question="what " * 9, features=sample.features)])

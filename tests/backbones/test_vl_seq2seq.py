@@ -158,7 +158,7 @@ def test_texts_leave_special_tokens_out(make_generative):
     model = make_generative("bart", tokenizer=True, train_dropout="off")
     out = model.target_batch(["a red bus", "no"])["targets"]
     assert out.tolist() == [[101, 1037, 2417, 3902, 102], [101, 2053, 102, IGNORED, IGNORED]]
-    assert model.target_batch(["a red bus", "no"], max_length=3)["targets"].tolist() == [
+    assert model.target_batch(["a red bus", "no"], [3, None])["targets"].tolist() == [
         [101, 1037, 102],
         [101, 2053, 102],
     ]

@@ -10,6 +10,7 @@ from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.ladder import LadderSide
 from fulgurite.methods.adapters.ladder_start import copy_pruned
 from fulgurite.methods.adapters.per_task import PerTask
+from fulgurite.methods.generation_losses import IGNORED
 from fulgurite.modules.generation_tasks import sampled_answers
 from fulgurite.samples import DataError
 from fulgurite.samples.dataset import drawn_samples
@@ -88,6 +89,12 @@ def test_the_loss_of_each_task_written_out(kit, tmp_path):
             loss = torch.nn.functional.cross_entropy(logits[0], targets[0])
             expected.append(loss * (score if batch["task"][b] == "vqa" else 1))
         assert steps.losses[step] == pytest.approx(float(sum(expected) / len(expected)), rel=1e-4)
+
+
+def test_what_is_learned_is_cut_as_each_task_says_in_a_batch_of_several(kit):
+    targets = kit.module().targets(["red " * 50] * 3, ["vqa", "gqa", "caption"])
+    assert (targets != IGNORED).sum(1).tolist() == [10, 52, 40]  # with a token before and one behind the words
+    assert [row[row != IGNORED][-1].item() for row in targets] == [kit.WORDS["eos_token_id"]] * 3
 
 
 def test_adapters_per_task_get_each_sample_s_task(kit, tmp_path):
