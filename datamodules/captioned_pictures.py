@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class CaptionedPictures(FulguriteDataModule):
                 captions.setdefault(found.picture, []).append(found.caption)
         samples = []
         for picture, said in captions.items():
-            name = picture.path.relative_to(path.parent).as_posix()
+            name = Path(os.path.relpath(picture.path, path.parent)).as_posix()  # it may lie elsewhere
             if split == "train":
                 samples += [self._sample(f"{name}/{n}", picture, (caption,)) for n, caption in enumerate(said)]
             else:

@@ -62,13 +62,15 @@ class VqaV2(PictureTask):
         kind = record.get("answer_type")
         if kind not in (None, *KINDS):
             raise DataError(f"{where}: 'answer_type' is {kind!r}, not one of {list(KINDS)}")
+        label = label_of(record, where, needed=split == "train")
         return [
             Sample(
                 id=id,
                 domain=self.domain,
                 task=self.task,
                 question=text_of(record, ("sent", "question"), where),
-                answers=label_of(record, where, needed=split == "train"),
+                # Where people agree on nothing, no answer counts, and as published nothing is learned.
+                answers=label or {"": 0.0} if split == "train" else label,
                 human_answers=human_answers(record, where) if split in ("val", "test") else (),
                 kind=kind,
                 **self.media([name_of(record, "img_id", where)], where),

@@ -23,8 +23,7 @@ class LoRA(Adapter):
     """y + s * B A drop(x), with B = 0 at start, so that a fresh adapter is the identity.
 
     Mixing adds up the weight changes: a sample sees W + s * sum_i p_i B_i A_i. (The factors are not averaged
-    one by
-    one: B and A of different sets have no common basis.)
+    one by one: B and A of different sets have no common basis.)
 
     Args:
         site: the linear layer, or (in_features, out_features).

@@ -38,6 +38,15 @@ def test_captions_are_gathered_by_picture(album):
     assert pixels_of(test[0].image).unique().tolist() == [50]
 
 
+def test_pictures_may_lie_anywhere(album, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (album / "b.png").rename(other / "b.png")
+    (album / "train.jsonl").write_text(json.dumps({"image": str(other / "b.png"), "text": "a cup"}))
+    (train,) = CaptionedPictures(album).samples("train")
+    assert (album / train.id.removesuffix("/0")).samefile(other / "b.png")
+    assert pixels_of(train.image).unique().tolist() == [50]
+
+
 def test_lines_that_cannot_be_used_are_named_or_left_out(album):
     with open(album / "train.jsonl", "a") as file:
         file.write('\n{"image": "d.png", "text": "a car"}\n{"image": "c.png", "text": " "}')

@@ -62,6 +62,14 @@ def test_a_question_of_vqa_has_scores_and_what_ten_people_said(picture_root):
     assert data.info().kinds == ("yes/no", "number", "other")
 
 
+def test_a_question_of_vqa_that_people_disagree_on_has_an_empty_answer_that_counts_nothing(own):
+    for split in ("train", "test"):
+        edit(own / f"vqa/karpathy_{split}.json", lambda records: records[1].update(label={}))
+    data = VqaV2(own, feature_width=8)
+    assert data.samples("train")[1].answers == {"": 0.0}
+    assert data.samples("test")[1].answers == {}
+
+
 def test_what_people_said_comes_from_the_annotations_where_records_lack_it(own):
     def strip(records):
         for record in records:
