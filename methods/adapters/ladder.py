@@ -90,7 +90,8 @@ class LadderSide(Spanning):
         merge_last: give g U s + (1 - g) h with the backbone's last state h and a gate g as above.
         ladder_inputs: ``"text"`` lets the backbone see the text alone, as published, while the side sees all.
         init: ``"magnitude"`` starts side blocks as blocks pruned by their weights; ``"fisher"``, as published, so too
-            until `ladder_start.copy_pruned` is given the squared gradients; ``"random"`` as PyTorch starts layers.
+            until `ladder_start.copy_pruned` is given the squared gradients; ``"random"`` as PyTorch starts layers. The
+            token table and the norms after the blocks, which no site is, come in by `copy_pruned` alone.
         samples: training samples that ``"fisher"`` asks for.
         seed: of their choice.
         unit_order: of the kept units, see `ladder_selection.kept_units`.
@@ -214,11 +215,15 @@ class LadderSide(Spanning):
         return self._runs[stack]
 
     def _start(self, stack: int, h: Tensor, text_length: int | None, mask: Tensor | None) -> None:
-        """Begin the side state from the embedded input (B, S, D)."""
+        """Begin the side state from the embedded input (B, S, D), which a backbone that drops out has done already.
+
+        NOTE: as published h_0 and s are of two draws; here one serves both.
+        """
         side = self.stacks[stack]
         if stack == 0:
             self._runs.clear()
-        state = projected(side.first_down, F.dropout(h, side.family.dropout, self.training))
+        drops = self.training and not self._blocks[stack][0].training
+        state = projected(side.first_down, F.dropout(h, side.family.dropout, drops))
         self._runs[stack] = _StackRun(state, text_length, mask)
 
     def _climb(self, role: _Role, args: tuple[Any, ...], kwargs: Mapping[str, Any], h: Tensor) -> None:

@@ -172,6 +172,26 @@ def test_the_backbone_may_run_without_gradients():
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("backbone_drops", [True, False])
+def test_the_input_of_a_stack_is_dropped_out_of_once(backbone_drops):
+    model = build(dropout_rate=0.25).train(backbone_drops)
+    bank, ladder = with_ladder(model)
+    bank.train()
+    read, own = [], []
+    for stack, tower in zip(ladder.stacks, (model.encoder, model.decoder)):
+        stack.first_down.register_forward_pre_hook(lambda _, args: own.append(args[0]))
+        tower.block[0].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(**inputs())
+    for embedded, given in zip(read, own, strict=True):
+        if backbone_drops:
+            assert torch.equal(given, embedded)
+            assert (embedded == 0).any()
+        else:
+            kept = given != 0
+            assert 0.6 < kept.float().mean() < 0.9
+            torch.testing.assert_close(given[kept], embedded[kept] / 0.75)
+
+
 def test_the_backward_pass_takes_less_than_a_third_of_the_operations_of_training_everything():
     def operations(ladder):
         model = build(d_model=64, d_kv=16, d_ff=256, num_heads=4)
