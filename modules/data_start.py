@@ -1,6 +1,6 @@
-"""Adapters that start from the training data: sparse masks from scores, ladders from what they are pruned by.
+"""Adapters that start from data or from all of the backbone: sparse masks from scores, ladders from pruned blocks.
 
-Both are sums of squared gradients of single examples, over all processes, before a strategy wraps the model.
+Data come in as sums of squared gradients of single examples, over all processes, before a strategy wraps the model.
 
 Legend: B examples.
 """
@@ -49,7 +49,7 @@ class ByExample(Protocol):
 
 
 def start_from_data(trainer: pl.Trainer, module: ByExample) -> None:
-    """Give the adapters that start from data their start, the same in all sets. Others stay as they are. A collective.
+    """Give masks and ladders their start, the same in all sets. Others stay as they are. A collective.
 
     Args:
         trainer: of the fit, whose DataModule is set up.
@@ -63,11 +63,12 @@ def start_from_data(trainer: pl.Trainer, module: ByExample) -> None:
             for each in same:
                 each.set_scores(scores)
             rank_zero_info(f"{key}: {len(adapter.positions)} of {adapter.num_total} weights chosen by {adapter.score}")
-        elif isinstance(adapter, LadderSide) and adapter.init == "fisher":
-            importance = importance_of(trainer, module, adapter)
+        elif isinstance(adapter, LadderSide) and adapter.init != "random":
+            importance = importance_of(trainer, module, adapter) if adapter.init == "fisher" else None
             for each in same:
                 copy_pruned(each, module.backbone, module.backbone.spec, importance)
-            rank_zero_info(f"{key}: pruned by the squared gradients of {adapter.samples} samples")
+            by = "magnitude" if importance is None else f"the squared gradients of {adapter.samples} samples"
+            rank_zero_info(f"{key}: pruned by {by}")
 
 
 def scores_of_mask(trainer: pl.Trainer, module: ByExample, mask: SparseMask) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.ladder import LadderSide
+from fulgurite.methods.adapters.ladder_start import copy_pruned
 from fulgurite.methods.adapters.sparse_mask import SparseMask
 from fulgurite.methods.structure import ModelSpec
 from fulgurite.modules.data_start import examples, importance_of, scores_of_mask, start_from_data
@@ -120,10 +121,24 @@ def test_what_starts_without_data_stays_as_it_is(kind):
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.bank.state_dict().items())
 
 
-def test_a_ladder_by_magnitude_asks_for_no_data(kit):
+def test_a_ladder_by_magnitude_is_pruned_from_the_token_table_to_the_last_norm_without_data(kit):
     points = ["embedded", "encoder_block", "decoder_block", "read_out"]
     module = kit.module(adapters=lambda: [Placement(points, partial(LadderSide, reduction=2))])
+    for norm in (module.backbone.language.encoder.final_layer_norm, module.backbone.language.decoder.final_layer_norm):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+    (expected,) = (
+        kit.module(adapters=lambda: [Placement(points, partial(LadderSide, reduction=2))])
+        .bank.adapters_of("live")
+        .values()
+    )
+    copy_pruned(expected, module.backbone, module.backbone.spec)
     start_from_data(SimpleNamespace(strategy=TRAINER.strategy), module)
+    for name in module.bank.names:
+        (ladder,) = module.bank.adapters_of(name).values()
+        for key, tensor in ladder.stacks.state_dict().items():
+            if ".blocks." in key or ".norm." in key:
+                assert torch.equal(tensor, expected.stacks.state_dict()[key]), key
+    assert not any((stack.norm.weight == 1).any() for stack in ladder.stacks)
 
 
 def test_all_sets_start_from_the_same_scores():
