@@ -1,7 +1,7 @@
 """Scores of a sparse mask from data: moments of the gradients of single examples (arXiv 2111.09839).
 
     label    sum_n (d loss_n / d theta)^2, with the data's own labels: the empirical Fisher information
-    expect   sum_n sum_c p(c|x_n) (d -log p(c|x_n) / d theta)^2, exactly
+    expect   sum_n sum_c p(c|x_n) (d -log p(c|x_n) / d theta)^2, exactly, of examples that have one label
     sampled  the same, with one label drawn from the model per example
 
 Example by example, so that batches do not matter, and summed over processes. With absolute values for the squares in
@@ -10,6 +10,7 @@ Example by example, so that batches do not matter, and summed over processes. Wi
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -62,8 +63,9 @@ def data_scores(
         name of a tensor -> sums, in its shape, the same on all processes.
 
     Raises:
-        ValueError: the mask's score needs no data, or an example's gradient goes to a tensor whose module was not
-            called, so that it could not train; and as `FisherStatistics`.
+        ValueError: the mask's score needs no data, or is an expectation and an example has several labels, or an
+            example's gradient goes to a tensor whose module was not called, so that it could not train; and as
+            `FisherStatistics`.
     """
     if mask.score not in MOMENTS:
         raise ValueError(f'score="{mask.score}" needs no data: use SparseMask.own_scores')
@@ -71,10 +73,10 @@ def data_scores(
     with mask.applied():
         statistic = FisherStatistics(
             backbone,
-            function,
+            functools.partial(_one_label, mask.score, function) if mask.score.startswith("expect") else function,
             pattern="|".join(map(re.escape, names)),
             expected=len(names),
-            generator=torch.Generator().manual_seed(mask.seed),
+            generator=torch.Generator().manual_seed(mask.seed) if mask.score == "sampled" else None,
             chunk=chunk,
             vectorize=vectorize,
             **MOMENTS[mask.score],
@@ -94,3 +96,15 @@ def data_scores(
             "that a mask cannot train them: leave these modules out of the placement's points"
         )
     return statistic.sums
+
+
+def _one_label(score: str, function: Callable[[nn.Module, Any], Any], backbone: nn.Module, batch: Any) -> Any:
+    """What ``function`` gives, where that is of one label per example."""
+    output = function(backbone, batch)
+    logits = output[0] if isinstance(output, tuple) else output
+    if logits.dim() == 3 and logits.shape[1] > 1:
+        raise ValueError(
+            f'score="{score}" is an exact expectation over one label, and an example of this model has '
+            f'{logits.shape[1]}: set score="sampled", or "label"'
+        )
+    return output

@@ -80,8 +80,9 @@ class SparseMask(Spanning):
         sites: modules that own parameters.
         density: rho.
         score: what positions are chosen by. ``label`` and ``label_absolute`` are moments of the gradients of the
-            examples' losses, ``expect`` and ``expect_absolute`` their expectation over the model's own labels, and
-            ``sampled`` its estimate by one drawn label; ``random``, and ``magnitude`` of the weights, need no data.
+            examples' losses, ``expect`` and ``expect_absolute`` their expectation over the model's own labels, where
+            an example has one, and ``sampled`` its estimate by drawn labels; ``random``, and ``magnitude`` of the
+            weights, need no data.
         whole: full patterns of the names of tensors that train entirely, as heads do; they count.
         samples: examples that scores are summed over, by those who compute them.
         seed: of random and sampled scores.

@@ -110,6 +110,16 @@ def test_a_process_without_examples_adds_nothing(on_ranks):
         close(found, scores("label"), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("score", ["expect", "expect_absolute"])
+def test_an_expectation_over_several_labels_is_refused(score):
+    model, mask = build(score)
+    several = [(torch.randn(2, 5, 4, dtype=torch.float64),)]
+    with pytest.raises(ValueError, match=f'score="{score}" .* one label, .* has 5: set score="sampled", or "label"'):
+        data_scores(mask, model, logits, several)
+    one = [(several[0][0][:, :1],)]
+    close(data_scores(mask, model, logits, one), data_scores(mask, model, logits, [(one[0][0][:, 0],)]))
+
+
 def test_a_sampled_score_is_that_of_one_class_drawn_by_the_seed():
     x, found = data()[0][:1], []
     classes = [slow("label", [(x[0], c)]) for c in range(C)]
