@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fulgurite.backbones.frames import FrameEncoder
 from fulgurite.backbones.generation import text_batch
-from fulgurite.backbones.visual_embedding import ORDERS, downsampled, numbers_of
+from fulgurite.backbones.visual_embedding import ORDERS, PICTURES, downsampled, numbers_of
 from fulgurite.samples import Batch, DataError, Sample, sample_fields
 from fulgurite.samples.picture import pixels_of
 from fulgurite.samples.sampling import FrameSampling
@@ -70,7 +70,8 @@ class GenerationCollator:
         max_tokens: longest text.
         long_text: what happens to a longer one.
         template: text around the question, which takes the place of ``{}``.
-        orders: visual tokens of a picture that there are embeddings for; None where they need none.
+        orders: visual tokens of a picture that there are embeddings for, beside those of `PICTURES`; None where
+            they need none.
         reserved: what stands for pictures in the template, and so in no question.
     """
 
@@ -119,6 +120,11 @@ class GenerationCollator:
     def _numbers(self, sample: Sample, frames: int, tokens: int) -> Tensor:
         """(V,) numbers of pictures."""
         picture, order = numbers_of(frames, tokens, sample.num_images)
+        if self.orders is not None and sample.num_images > PICTURES:
+            raise DataError(
+                f"sample {sample.id!r} has {sample.num_images} pictures, and this model has embeddings for {PICTURES}: "
+                "leave it out, or take Llava"
+            )
         if self.orders is not None and int(order.max()) >= self.orders:
             raise DataError(
                 f"sample {sample.id!r} has {int(order.max()) + 1} visual tokens of a picture, and there are embeddings "

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ORDERS = 100  # rows of the token table that are kept for E_order
+PICTURES = 2  # rows of E_img
 
 
 def downsampled(features: Tensor, side: int) -> Tensor:
@@ -68,7 +69,7 @@ class VisualEmbedding(nn.Module):
         super().__init__()
         self.feat_embedding = nn.Sequential(nn.Linear(feature_dim, width), norm(width))
         self.absolute_vis_pos_embedding = nn.Sequential(nn.Linear(5, width), norm(width))
-        self.img_order_embedding = nn.Embedding(2, width)
+        self.img_order_embedding = nn.Embedding(PICTURES, width)
         self.obj_order_embedding = nn.Embedding(own_orders, width) if own_orders else None
 
     @torch.no_grad()

@@ -87,6 +87,11 @@ def test_more_tokens_than_have_an_embedding(make_generative):
         model.collator("fit")([sample(shape=(144, 12))])
 
 
+def test_more_pictures_than_have_an_embedding(model):
+    with pytest.raises(DataError, match="has 3 pictures, and this model has embeddings for 2"):
+        model.collator("fit")([sample(shape=(12, 12), num_images=3)])
+
+
 def test_features_of_another_name_need_an_encoder(model):
     with pytest.raises(DataError, match=r"has features \['other'\], not 'clip_rn101'"):
         model.collator("fit")([sample(features={"other": torch.zeros(9, 12)})])
