@@ -25,6 +25,11 @@ FIGURES = {
 NO_LABEL = -1.0
 
 
+def correlated(task: str) -> bool:
+    """Whether what is right is a score, to which answers may be near, so that none is judged alone."""
+    return "pearson" in FIGURES.get(task, ())
+
+
 class GlueScores(PerSampleMetric):
     """The figures of one task in per cent, over all samples of all ranks.
 

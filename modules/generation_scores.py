@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from fulgurite.metrics.answer_accuracy import AnswerAccuracy
 from fulgurite.metrics.captions import CaptionScores
-from fulgurite.metrics.glue import GlueScores
+from fulgurite.metrics.glue import GlueScores, correlated
 from fulgurite.metrics.vqa_official import VQASoftAccuracy, vqa_credit
 from fulgurite.modules.generation_tasks import rules_of
 from fulgurite.samples import Batch, DataInfo
@@ -99,7 +99,7 @@ def answer_rows(answers: Sequence[str], batch: Batch) -> list[dict[str, Any]]:
         if judged == "vqa" and said:
             gold = {answer: count / len(said) for answer, count in Counter(said).items()}
             credit = vqa_credit(answers[b], said)
-        elif judged != "captions" and gold:
+        elif gold and judged != "captions" and not correlated(task):
             credit = float(gold.get(answers[b], 0.0))
         fields = {name: batch[name][b] for name in ("id", "domain", "kind")}
         rows.append({**fields, "task": task, "answer": answers[b], "gold": dict(gold), "credit": credit})

@@ -72,5 +72,7 @@ def test_a_row_says_what_is_right_and_what_the_answer_is_worth():
         ("g3", "x", None),
     ]
     assert rows[0]["gold"] == {"red": 0.7, "dark": 0.3}
+    near = Sample(id="t1", domain="d", task="stsb", answers={"3.8": 1.0})
+    assert [row["credit"] for row in answer_rows(["3.6"], sample_fields([near]))] == [None]
     assert [row["gold"] for row in rows[1:4:2]] == [{"yes": 1.0, "maybe": 0.4}, {"a dog": 1.0, "dogs": 1.0}]
     assert [rows[0][name] for name in ("domain", "task", "kind")] == ["d", "vqa", "colour"]
