@@ -1,4 +1,4 @@
-"""Gradients of adapters that each belong to one task, where several processes train.
+"""Gradients of tensors that each belong to one task, where several processes train.
 
 A step computes gradients for the tasks of its batch alone, and an optimizer leaves tensors without a gradient as they
 are. Strategies want the same gradients on every process, so all of these tensors get one of 0 where they are not used,
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank
-from fulgurite.methods.adapters.per_task import PerTask
-from fulgurite.methods.adapters.sharing import used_by
+from fulgurite.methods.adapters.base import Adapter
 
 
 class TaskGradients:
@@ -29,11 +28,11 @@ class TaskGradients:
         self.seen: set[int] = set()
 
     def parameters(self) -> dict[nn.Parameter, set[int]]:
-        """The tensors of adapters per task, with the numbers of the tasks that use them: shared ones of several."""
+        """The tensors that kinds hold per task, with the numbers of the tasks that use them: shared ones of several."""
         found: dict[nn.Parameter, set[int]] = {}
         for adapter in self.bank.sets["live"].modules():
-            for number, own in enumerate(adapter.adapters.values() if isinstance(adapter, PerTask) else ()):
-                for parameter in used_by(own):
+            for number, own in enumerate(adapter.of_tasks() if isinstance(adapter, Adapter) else ()):
+                for parameter in own:
                     found.setdefault(parameter, set()).add(number)
         return found
 

@@ -53,6 +53,10 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """New output of the site from its input ``x`` and its own output ``y``."""
 
+    def of_tasks(self) -> Sequence[Sequence[nn.Parameter]]:
+        """The parameters that each task computes with, of a kind that holds some per task itself; empty for others."""
+        return ()
+
     def part(self, name: str) -> nn.Module:
         """The submodule ``name``, e.g. ``"down"``. Raises `ValueError` that lists what there is."""
         if name not in self._modules and not isinstance(self.__dict__.get(name), nn.Module):

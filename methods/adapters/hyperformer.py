@@ -140,7 +140,8 @@ class Hyperformer(Spanning):
         if not tasks or len(set(tasks)) < len(tasks):
             raise ValueError(f"tasks={tasks} must name at least one task, and none twice")
         self.tasks, self.init, self.activation = tuple(tasks), init, activation_of(activation)
-        self.task_embeddings = nn.Parameter(torch.empty(len(tasks), embedding))
+        # One tensor each: a step of other tasks leaves a task's where it is, as published.
+        self.task_embeddings = nn.ParameterList(torch.empty(embedding) for _ in tasks)
         self.networks = nn.ModuleList()
         self._where: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sites)
         for number, stack in enumerate(_stacks(sites)):
@@ -160,7 +161,8 @@ class Hyperformer(Spanning):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Task embeddings ~ N(0, 1); linears and tables ~ N(0, 0.02), biases 0; U and u zero for ``zero_up``."""
-        self.task_embeddings.normal_(generator=generator)
+        for embedding in self.task_embeddings:
+            embedding.normal_(generator=generator)
         for network in self.networks:
             for table in (network.layers, network.kind_embeddings):
                 if table is not None:
@@ -174,6 +176,10 @@ class Hyperformer(Spanning):
                 generators.up.weight.zero_()
                 generators.up_bias.weight.zero_()
 
+    def of_tasks(self) -> list[list[nn.Parameter]]:
+        """The embeddings."""
+        return [[embedding] for embedding in self.task_embeddings]
+
     def weights(self, index: int, task: int) -> Weights:
         """The adapter of a task at the site ``index``; it depends on nothing else."""
         stack, layer, kind = self._where[index]
@@ -184,7 +190,7 @@ class Hyperformer(Spanning):
 
         if self.training or torch.is_grad_enabled():
             return make()
-        return self._kept.get((index, task), [self.task_embeddings, *network.made_of(kind)], make)
+        return self._kept.get((index, task), [self.task_embeddings[task], *network.made_of(kind)], make)
 
     def at(self, index: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor) -> Tensor:
         """``y`` (B, ..., D) -> (B, ..., D), every sample by its task's adapter."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.base import Adapter
 from fulgurite.methods.adapters.mixing import Group, Mixture
-from fulgurite.methods.adapters.sharing import share
+from fulgurite.methods.adapters.sharing import share, used_by
 from fulgurite.methods.adapters.tasks import grouped_by_task, select_sets
 
 
@@ -79,6 +79,10 @@ class PerTask(Adapter):
         """Those of every task, one after the other."""
         for adapter in self._each:
             adapter.reset_parameters(generator)
+
+    def of_tasks(self) -> list[list[nn.Parameter]]:
+        """Those of each task's adapter, shared parts included."""
+        return [list(used_by(adapter)) for adapter in self._each]
 
     def part(self, name: str) -> nn.Module:
         """The first task's."""

@@ -241,6 +241,22 @@ def test_a_hyperformer_makes_the_weights_of_a_task_at_a_site_once_a_step_and_onc
         assert [step(), step()] == [2 * len(SITES), 0]
 
 
+def test_a_step_of_one_task_leaves_the_embeddings_of_others_where_they_are():
+    adapter = shake(Hyperformer(SITES, TASKS, 4, 7, 5, 3))
+    optimizer, places = torch.optim.AdamW(adapter.parameters(), lr=0.1), []
+    for task in (0, 1, 1):
+        optimizer.zero_grad()
+        with tasks_of(torch.tensor([task] * 3)):
+            adapter(0, (y := noise(3, 2, D),), {}, y).square().sum().backward()
+        optimizer.step()
+        places.append([embedding.detach().clone() for embedding in adapter.task_embeddings])
+    first, second, third = places
+    assert torch.equal(first[0], third[0])
+    assert torch.equal(first[2], third[2])
+    assert not torch.equal(first[1], second[1])
+    assert not torch.equal(second[1], third[1])
+
+
 def test_compacter_starts_as_published():
     torch.manual_seed(0)
     wide = Compacter(nn.Linear(512, 512), 2, 2, init="official")

@@ -9,6 +9,7 @@ from torch import nn
 from fulgurite.methods.adapters.bank import AdapterBank, Placement
 from fulgurite.methods.adapters.bottleneck import Bottleneck
 from fulgurite.methods.adapters.compacter import Compacter
+from fulgurite.methods.adapters.hyperformer import Hyperformer
 from fulgurite.methods.adapters.per_task import PerTask
 from fulgurite.methods.adapters.sharing import Shared
 from fulgurite.methods.structure import ModelSpec
@@ -49,6 +50,14 @@ def test_a_part_of_all_sites_and_tasks_is_of_every_task():
     assert found.keys() == set(bank.parameters_of("live"))
     assert [p.shape for p, tasks in found.items() if len(tasks) == 3] == [(2, 2, 2)]
     assert sum(len(tasks) == 1 for tasks in found.values()) == len(found) - 1
+
+
+def test_embeddings_of_tasks_are_of_one_task_each():
+    layers = nn.ModuleList([nn.Linear(4, 4)]).requires_grad_(False)
+    placement = Placement(["all"], partial(Hyperformer, tasks=TASKS, reduction=2))
+    bank = AdapterBank(layers, [placement], (), spec=ModelSpec(towers=(), points={"all": ("0", 1)}))
+    (adapter,) = bank.adapters_of("live").values()
+    assert TaskGradients(bank).parameters() == {adapter.task_embeddings[i]: {i} for i in range(3)}
 
 
 def test_all_get_gradients_of_0_that_change_nothing(gradients):
