@@ -14,8 +14,11 @@ __all__ = [
     "folding",
     "hyperformer",
     "ia3",
+    "ladder",
+    "ladder_start",
     "lora",
     "low_rank",
+    "mask_scores",
     "mixing",
     "peft_format",
     "per_task",
@@ -24,5 +27,6 @@ __all__ = [
     "report",
     "sharing",
     "soft_prompt",
+    "sparse_mask",
     "tasks",
 ]
