@@ -167,11 +167,13 @@ class AnswerPasses(AdaptedModule):
         Slices of weights are gathered by all processes at once, so that one with fewer rows passes a spare one.
         """
         parts = [slice(start, start + self.rows_per_pass) for start in range(0, len(rows), self.rows_per_pass)]
-        found = [run(self.encoded(rows[part]), items[part], given[part]) for part in parts]
+        more = 0
         if isinstance(self, FSDPModule):
             number = torch.tensor(float(len(parts)), device=self.device)
-            for _ in range(len(parts), int(self.trainer.strategy.reduce(number, reduce_op="max"))):
-                run(self.encoded(self.pool[:1]), torch.zeros(1, dtype=torch.long, device=self.device), [spare])
+            more = int(self.trainer.strategy.reduce(number, reduce_op="max")) - len(parts)
+        found = [run(self.encoded(rows[part]), items[part], given[part]) for part in parts]
+        for _ in range(more):
+            run(self.encoded(self.pool[:1]), torch.zeros(1, dtype=torch.long, device=self.device), [spare])
         return found
 
     def _texts(self, ids: Tensor) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fulgurite.methods.adapters.bank import AdapterBank
 from fulgurite.methods.quantization.rtn import quantize_rtn
+from fulgurite.methods.sharding import whole
 from fulgurite.methods.unlearning.attacks.wrapped import Quantized
 from fulgurite.methods.unlearning.edits.attached import attached
 from fulgurite.methods.unlearning.edits.base import Edit, slots_of
@@ -46,10 +47,10 @@ class EditedState:
     @torch.no_grad()
     def weight(self, item: int) -> Tensor:
         """(o, i) float32, the weight that the item's rows see."""
-        weight = self.site.weight.float()
+        weight = whole(self.site.weight).float()
         live = [*self.bank.adapters_of("live").values()] if self.live else []
         for edit in (*live, *self.edits):
-            weight = weight + edit.change(item if edit.items > 1 else 0)
+            weight = weight + whole(edit.change(item if edit.items > 1 else 0))
         return weight
 
     @property
@@ -62,7 +63,7 @@ class EditedState:
         weight = self.weight(item)
         rounded = quantize_rtn(weight, attack.bits, attack.group_size or "channel").weight
         edit = WholeWeightEdit(self.site).to(weight.device).requires_grad_(False)
-        edit.delta.data[0] = rounded.float() - self.site.weight.float()
+        edit.delta.data[0] = rounded.float() - whole(self.site.weight).float()
         return EditedState(self.bank, self.site, False, (edit,))
 
 

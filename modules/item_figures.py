@@ -111,9 +111,8 @@ def written_answers(module: Any, samples: Sequence[Sample], state: EditedState, 
         rows[number]["right"] = {name: [] for name in SETS}
     items = torch.tensor([number for number, *_ in expected], device=module.device)
     texts = module.written(asked, items, state)
-    if drawn:
-        items = torch.tensor([number for number, *_ in drawn_expected], device=module.device)
-        texts += module.drawn(drawn, items, state, seeds, 1.0, module.answer_tokens)
+    items = torch.tensor([number for number, *_ in drawn_expected], dtype=torch.long, device=module.device)
+    texts += module.drawn(drawn, items, state, seeds, 1.0, module.answer_tokens)
     for (number, name, answer), text in zip([*expected, *drawn_expected], texts, strict=True):
         if name:
             rows[number]["right"][name].append(float(says(text, answer)))

@@ -24,14 +24,12 @@ class ItemQuestions(AnswerPasses):
         objective: what it scores.
         attack_seed: of all draws.
         num_others: other items that damage is measured on.
-        pool: all items.
         retained: samples that must stay.
     """
 
     objective: Objective
     attack_seed: int
     num_others: int
-    pool: Sequence[Sample]
     retained: Sequence[Sample]
 
     def question(self, sample: Sample, question: str, picture: Any = None) -> Sample:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulgurite.methods.ranks import Ranks
 from fulgurite.methods.unlearning.attacks.base import Attack, WhiteBox
 from fulgurite.methods.unlearning.objectives.base import Terms, View, answer_nll
 from fulgurite.methods.unlearning.objectives.retain import RetainTerm
@@ -110,12 +111,13 @@ class JointDeletion(ItemQuestions):
             edit.project()
         repeats = getattr(self.trainer.datamodule, "repeats", 1)
         if repeats > 1 and (batch_idx + 1) % repeats == 0:
-            counted = batch["counted"].tolist()
-            samples = batch["items"].samples
+            samples, own = batch["items"].samples, {}
             shares = self.read_out_now(samples)
-            for number, (sample, counts) in enumerate(zip(samples, counted)):
+            for number, (sample, counts) in enumerate(zip(samples, batch["counted"].tolist())):
                 if counts:
-                    self.deleted[f"{sample.domain}/{sample.id}"] = {title: own[number] for title, own in shares.items()}
+                    own[name_of(sample)] = {title: found[number] for title, found in shares.items()}
+            for found in Ranks(self.trainer.global_rank, self.trainer.world_size).gather(own):
+                self.deleted |= found
 
     def on_train_epoch_end(self) -> None:
         """As in the base; items deleted one batch after the other are attacked once more, to see what came back."""
@@ -123,14 +125,17 @@ class JointDeletion(ItemQuestions):
         if not self.deleted:
             return
         white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
-        pool = [sample for sample in self.pool if f"{sample.domain}/{sample.id}" in self.deleted]
-        now = self.read_out_now(pool)
         success = AttackSuccess({key_of(attack): attack.budget for attack in white}).to(self.device)
-        ids = [f"{sample.domain}/{sample.id}" for sample in pool]
-        for attack in white:
-            then = torch.tensor([self.deleted[name][attack.title] for name in ids], dtype=torch.float64)
-            after = torch.tensor(now[attack.title], dtype=torch.float64)
-            success.update(ids, key_of(attack), after=after, before=then)
+        pool = [sample for sample in self.pool if name_of(sample) in self.deleted]
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        pool += pool[: -len(pool) % world]  # as many for every process; one that is attacked twice counts once
+        for start in range(0, len(pool), self.rows_per_pass * world):
+            samples = pool[start : start + self.rows_per_pass * world][rank::world]
+            now, ids = self.read_out_now(samples), [name_of(sample) for sample in samples]
+            for attack in white:
+                then = torch.tensor([self.deleted[name][attack.title] for name in ids], dtype=torch.float64)
+                after = torch.tensor(now[attack.title], dtype=torch.float64)
+                success.update(ids, key_of(attack), after=after, before=then)
         for name, value in success.compute().items():
             kind, _, rest = name.partition("/")
             if kind in DELETED and "/" not in rest:
@@ -155,3 +160,8 @@ class JointDeletion(ItemQuestions):
         """As in the base."""
         super().on_load_checkpoint(checkpoint)
         self.deleted = dict(checkpoint["fulgurite"]["deleted"])
+
+
+def name_of(sample: Sample) -> str:
+    """By which an item is known among those of all data sets."""
+    return f"{sample.domain}/{sample.id}"

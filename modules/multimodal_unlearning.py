@@ -149,7 +149,7 @@ class MultimodalUnlearning(JointDeletion):
                 raise ValueError(f"model.init_args.{name}={value} must be at least 1")
         if others < 0:
             raise ValueError(f"model.init_args.others={others} must be at least 0")
-        self.site = backbone.get_submodule(names[0])
+        self.site_name = names[0]
         self.objective, self.retain, self.mode = objective, retain, mode
         self.forget_weight, self.retain_weight = forget_weight, retain_weight
         self.steps, self.enough, self.num_others = steps, enough, others
@@ -157,6 +157,11 @@ class MultimodalUnlearning(JointDeletion):
         self.attack_seed = attack_seed
         self._check()
         self.before: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    @property
+    def site(self) -> nn.Module:
+        """The layer whose weight is edited; it is part of the backbone alone."""
+        return self.backbone.get_submodule(self.site_name)
 
     def _check(self) -> None:
         """Raise ValueError where a layer is not there, or two attacks have one title."""

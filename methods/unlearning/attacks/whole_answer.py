@@ -64,8 +64,6 @@ class WholeAnswer(WhiteBox):
         items = torch.arange(n, device=ids.device).repeat_interleave(width)
         for _ in range(self.tokens - 1):
             ended = (ids == end).any(dim=-1)
-            if bool(ended.all()):
-                break
             after = follow(items, ids.flatten(0, 2))
             grown, grown_scores = [], []
             for s, layer in enumerate(self.layers):
@@ -80,5 +78,4 @@ class WholeAnswer(WhiteBox):
                 grown.append(torch.cat([before, token[..., None]], dim=-1))
                 grown_scores.append(total.gather(1, best))
             ids, scores = torch.stack(grown, 1), torch.stack(grown_scores, 1)
-        ids = torch.nn.functional.pad(ids, (0, self.tokens - ids.shape[-1]), value=end)
         return ids.flatten(1, 2)
