@@ -149,3 +149,70 @@ def worlds_run(tmp_path_factory):
     stream = ("--data.epochs_per_domain=1", "--data.worlds=[grid, doom]")
     assert call("fit", *argv, *stream, "--run", run) == 0
     return run
+
+
+def save_picture(path, number):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="session")
+def facts_root(tmp_path_factory):
+    """Three facts to delete in the layout of Facts, and the questions that a model learns them by."""
+    root = tmp_path_factory.mktemp("facts")
+    for i in range(6):
+        save_picture(root / f"{i}.png", i)
+    levels = ("easy", "medium", "hard")
+    rows = [
+        {
+            "id": WORDS[i],
+            "image": f"{i}.png",
+            "question": "What is this?",
+            "answer": WORDS[i],
+            "subject": "drawing",
+            "rephrased_questions": [f"What is shown {n}?" for n in range(4)],
+            "rephrased_images": {level: [f"{i + 1}.png"] for level in levels},
+            "neighbour_questions": [{"question": "Is it alive?", "answer": "yes"}],
+            "neighbour_images": {level: [{"image": f"{i + 2}.png", "answer": "bus"}] for level in levels},
+            "alternatives": ["fox"],
+        }
+        for i in range(3)
+    ]
+    write_lines(root / "facts.jsonl", rows)
+    for split in ("train", "val", "test"):
+        asked = [
+            {"id": f"{split}{i}", **{key: rows[i][key] for key in ("image", "question", "answer")}} for i in (0, 1)
+        ]
+        write_lines(root / f"{split}.jsonl", asked)
+    return root
+
+
+@pytest.fixture(scope="session")
+def unlok_root(tmp_path_factory):
+    """Two records in the published layout of UnLOK-VQA."""
+    root = tmp_path_factory.mktemp("unlok")
+    records = [
+        {
+            "id": 17 + i,
+            "image_id": 480208 + i,
+            "src": "Which festival is this?",
+            "subject": "cake",
+            "pred": ("Easter", "Christmas")[i],
+            "answers": [],
+            "rephrase": [f"What do they celebrate {n}?" for n in range(4)],
+            "loc": ["nq question: What is the cake on?"],
+            "loc_ans": ["Table cloth"],
+            "alt_ans": ["Birthday"],
+            "objects_edit": ["bunny"],
+            "neigh_idx": [0],
+        }
+        for i in range(2)
+    ]
+    (root / "unlok_vqa.json").write_text(json.dumps(records))
+    for i in range(2):
+        save_picture(root / "images" / f"{480208 + i:012}.jpg", i)
+        for level in ("easy", "medium", "hard"):
+            save_picture(root / f"rephrased_{level}" / f"{i}.jpg", 10 + i)
+            save_picture(root / f"neighbours_{level}" / f"{i}_0.jpg", 20 + i)
+    return root
