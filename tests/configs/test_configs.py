@@ -29,8 +29,9 @@ PICTURES = [  # which test_pictures.py runs
 ]
 RETRIEVAL = [p for p in RECORDS if re.match(r"configs/(retrieval/|tiny/open_clip)", p)]  # test_retrieval_records.py
 ADAPTERS = [p for p in RECORDS if re.match(r"configs/(adapters/|tiny/(vl|text|llava))", p)]  # test_adapter_records.py
+UNLEARNING = [p for p in RECORDS if p.startswith("configs/unlearning/")]  # test_unlearning_records.py
 TWO_PROCESSES = ["configs/merge/stages.yaml"]  # by their strategy; here in one
-OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL, *ADAPTERS)]
+OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL, *ADAPTERS, *UNLEARNING)]
 
 
 def header(path):
@@ -40,7 +41,7 @@ def header(path):
 
 def laid_over(path):
     """The configs of the command in the header, which ends with the config itself."""
-    (command, *_) = [line for line in header(path) if "cli.py fit" in line]
+    (command, *_) = re.findall(r"cli\.py (?:fit|test) (.*)", "\n".join(header(path)).replace("\n#   ", " "))
     return re.findall(r"--config (\S+\.yaml)", command)
 
 

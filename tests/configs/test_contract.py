@@ -23,7 +23,8 @@ CAPTION_DATAMODULES = ["ActivityNet", "CaptionWorlds", "CaptionedVideos", "Didem
 GENERATION_MODULES = ["TextTask", "VisionLanguageGeneration"]
 GENERATION_DATAMODULES = ["CaptionedPictures", "CocoCaptions", "EasyVqa", "Glue", "Gqa", "How2Qa", "Nlvr2", "Tvc"]
 GENERATION_DATAMODULES += ["Tvqa", "VqaV2", "Yc2c"]
-# What they serve is in tests/datamodules.
+# Their pairs are in test_unlearning_records.py.
+UNLEARNING_MODULES = ["MultimodalUnlearning"]
 FACT_DATAMODULES = ["Facts", "UnlokVqa"]
 # What a DataModule fills, by the backbone whose fields they are. The official sets have CLIP features and raw videos.
 FILLED = {"PrefixEncoder": ALL_DATAMODULES, "FrozenBiLM": ["VideoQADataModule", "SixDomains"]}
@@ -151,6 +152,7 @@ def test_no_module_or_datamodule_is_missing_in_the_lists():
         *PICTURE_MODULES,
         *RETRIEVAL_MODULES,
         *GENERATION_MODULES,
+        *UNLEARNING_MODULES,
     }
     assert found[pl.LightningDataModule] == {
         *ALL_DATAMODULES,
