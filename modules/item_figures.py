@@ -38,11 +38,10 @@ def figures_of(module: Any, samples: Sequence[Sample], state: EditedState, inner
         state: the weights.
         inner: whether attacks that change the model are run; otherwise the attack that they wrap is run in their place.
     """
-    targets = [module.new_target(sample) for sample in samples]
     rows: list[dict[str, Any]] = [{} for _ in samples]
     probabilities(module, samples, state, rows, "answer", [answer_of(sample) for sample in samples])
-    if any(target is not None for target in targets):
-        probabilities(module, samples, state, rows, "target", targets)
+    if module.objective.injects:
+        probabilities(module, samples, state, rows, "target", [module.new_target(sample) for sample in samples])
     written_answers(module, samples, state, rows)
     attacks = module.attacks if inner else [getattr(attack, "then", attack) for attack in module.attacks]
     unique = list({attack.title: attack for attack in attacks}.values())
@@ -59,13 +58,9 @@ def probabilities(
     state: EditedState,
     rows: list[dict[str, Any]],
     name: str,
-    texts: Sequence[str | None],
+    texts: Sequence[str],
 ) -> None:
-    """Of each item's text to its question, its first rephrasing and its first neighbour question; NaN without text."""
-    for row in rows:
-        row[name] = dict.fromkeys(("question", "rephrased", "neighbour"), math.nan)
-    known = [number for number, text in enumerate(texts) if text is not None]
-    samples, rows, texts = ([each[number] for number in known] for each in (samples, rows, texts))
+    """Of each item's text to its question, its first rephrasing and its first neighbour question."""
     asked, said, counts = [], [], []
     for sample, text in zip(samples, texts, strict=True):
         fact = sample.fact

@@ -63,8 +63,7 @@ class ItemQuestions(AnswerPasses):
 
     def new_target(self, sample: Sample) -> str | None:
         """What takes the place of the answer; None where it is only taken away."""
-        targets = self.targets(sample)
-        return None if answer_of(sample) in targets else targets[0]
+        return self.targets(sample)[0] if self.objective.injects else None
 
     def forgotten(self, samples: Sequence[Sample]) -> Asked:
         """Rows of the objective."""

@@ -291,7 +291,9 @@ class MultimodalUnlearning(JointDeletion):
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/<figure>`` over the items of all ranks."""
-        self.test_results = summary(self.test_answers, self.attacks, len(self.blocks), self.device)
+        self.test_results = summary(
+            self.test_answers, self.attacks, self.objective.injects, len(self.blocks), self.device
+        )
         for name, value in self.test_results["figures"].items():
             self.log(f"test/{name}", value)
 

@@ -21,12 +21,15 @@ WHEN = ("before", "after")
 MEMORY = ("probability", "exact_memorisation", "min_k")
 
 
-def summary(rows: Sequence[Mapping[str, Any]], attacks: Sequence[Attack], depth: int, device: torch.device) -> dict:
+def summary(
+    rows: Sequence[Mapping[str, Any]], attacks: Sequence[Attack], injects: bool, depth: int, device: torch.device
+) -> dict[str, Any]:
     """What the log and the report need; equal on all ranks, which all call it.
 
     Args:
         rows: of this rank's items, see `item_figures`, each with ``domain``, ``id``, ``target``, ``before``, ``after``.
         attacks: that were run.
+        injects: whether the edit makes the model say another text, of which scores are.
         depth: blocks of the model.
         device: for the exchange between ranks.
     """
@@ -35,9 +38,8 @@ def summary(rows: Sequence[Mapping[str, Any]], attacks: Sequence[Attack], depth:
     for attack in attacks:
         shares = [tensor([row[when]["attacks"][attack.title] for row in rows]) for when in WHEN]
         success.update(ids, key_of(attack), after=shares[1], before=shares[0])
-    replaced = any(row["target"] is not None for row in rows)
-    scores = UnlearningScores("injection" if replaced else "erasure").to(device)
-    asked = "target" if replaced else "answer"
+    scores = UnlearningScores("injection" if injects else "erasure").to(device)
+    asked = "target" if injects else "answer"
     probabilities = [torch.tensor([[*row[when][asked].values()] for row in rows]).view(-1, 3) for when in WHEN]
     right = {name: tuple(tensor([mean(row[when]["right"][name]) for row in rows]) for when in WHEN) for name in SETS}
     scores.update(ids, *probabilities, accuracies=right)
