@@ -37,4 +37,5 @@ def run(command: str, argv: list[str]) -> int:
         makers[options.name](options.out, seed=options.seed, **chosen)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"{options.name}: {error}") from error
+    print(f"{options.name}: written to {options.out}")
     return DONE

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from fulgurite.backbones.generation import GenerativeBackbone
@@ -126,7 +127,10 @@ class MultimodalUnlearning(JointDeletion):
         schedule: Schedule | None = None,
         param_groups: list[ParamGroup] | None = None,
     ) -> None:
-        names = any_sites(backbone, edited)
+        try:
+            names = any_sites(backbone, edited)
+        except LookupError as error:
+            raise LookupError(f"model.init_args.edited: {error}") from error
         if len(names) != 1:
             raise ValueError(
                 f"model.init_args.edited={edited!r} matches {len(names)} layers ({names[0]}, ..): name one"
@@ -175,6 +179,8 @@ class MultimodalUnlearning(JointDeletion):
         for attack in self.attacks:
             inner = attack.then if isinstance(attack, Wrapped) else attack
             check_layers(getattr(inner, "layers", ()), depth, f"model.init_args.attacks, {attack.title}: layers")
+        if not self.attacks:
+            raise ValueError("model.init_args.attacks is empty: name attacks, or null for Head Projection alone")
         titles = [attack.title for attack in self.attacks]
         twice = next((title for title in titles if titles.count(title) > 1), None)
         if twice is not None:
@@ -253,7 +259,13 @@ class MultimodalUnlearning(JointDeletion):
         edit.requires_grad_(False)
 
     def on_test_start(self) -> None:
-        """Fresh rows for every test."""
+        """Fresh rows for every test.
+
+        Raises:
+            ValueError: there is no edit to attack.
+        """
+        if self.mode == "joint" and self.stage < 0:
+            raise ValueError("model.init_args.mode=joint attacks what a fit has left: give its run as --ckpt_path")
         self.test_answers: list[dict[str, Any]] = []
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -294,6 +306,11 @@ class MultimodalUnlearning(JointDeletion):
         self.test_results = summary(
             self.test_answers, self.attacks, self.objective.injects, len(self.blocks), self.device
         )
+        if not self.test_results["known"]:
+            rank_zero_warn(
+                f"none of the {len(self.pool)} items is answered right before its edit, so there was nothing to "
+                "delete: set model.init_args.backbone.init_args.checkpoint to a run that has learned them"
+            )
         for name, value in self.test_results["figures"].items():
             self.log(f"test/{name}", value)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fulgurite.methods.unlearning.answers import says
 from fulgurite.methods.unlearning.attacks.base import Attack
 from fulgurite.metrics.item_figures import ItemFigures
 from fulgurite.metrics.unlearning import SETS, AttackSuccess, UnlearningScores
@@ -43,6 +44,9 @@ def summary(
     probabilities = [torch.tensor([[*row[when][asked].values()] for row in rows]).view(-1, 3) for when in WHEN]
     right = {name: tuple(tensor([mean(row[when]["right"][name]) for row in rows]) for when in WHEN) for name in SETS}
     scores.update(ids, *probabilities, accuracies=right)
+    said = ItemFigures([f"answered_{when}" for when in WHEN]).to(device)
+    right = [tensor([100.0 * says(row[when]["written"], row["gold"]) for row in rows]) for when in WHEN]
+    said.update(ids, {f"answered_{when}": values for when, values in zip(WHEN, right)})
     kept = ItemFigures([f"{name}_{when}" for name in MEMORY for when in WHEN]).to(device)
     kept.update(
         ids, {f"{name}_{when}": tensor([row[when]["memory"][name] for row in rows]) for name in MEMORY for when in WHEN}
@@ -56,10 +60,11 @@ def summary(
             for layer in range(depth + 1)
         },
     )
-    figures = {name: float(value) for part in (success, scores, kept) for name, value in part.compute().items()}
+    figures = {name: float(value) for part in (success, scores, said, kept) for name, value in part.compute().items()}
     found = {name: float(value) for name, value in layers.compute().items()}
     return {
         "figures": figures,
+        "known": figures["answered_before"] > 0,
         "attacks": {attack.title: key_of(attack) for attack in attacks},
         "layers": {when: [found[f"{when}/{layer}"] for layer in range(depth + 1)] for when in WHEN},
     }

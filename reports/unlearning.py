@@ -20,6 +20,15 @@ from fulgurite.samples import Sample
 
 ITEMS = 24  # that have a card of their own
 NONE = "–"
+SHARES = (
+    "An attack makes at most so many candidates for an item, and succeeds where the deleted answer is among them. The "
+    "last column is the share of candidates that are the answer, after the edit. Low is good after the edit."
+)
+MEANINGS = (
+    "Rewrite: how much of the answer's probability is gone (or, where another text is injected, how sure that is now). "
+    "Paraphrase: the same for other words. Neighbourhood: 1 where its probability elsewhere did not move. Target: "
+    "their harmonic mean. Scores are good high; accuracy lost is good low."
+)
 SCORES = ("rewrite", "paraphrase", "neighbourhood", "target")
 BESIDE = {
     "random": "other items",
@@ -56,7 +65,10 @@ def interval(figures: Mapping[str, float], name: str, times: float = 1.0) -> str
 
 def attacks_section(figures: Mapping[str, float], attacks: Mapping[str, str], items: int) -> Section:
     """Success of every attack before and after."""
-    title = f"Attack success on {items} items, % (95 % interval over items)"
+    known = figures["answered_before"]
+    title = (
+        f"Attack success on {items} items, {known:.0f} % of them answered right before, % (95 % interval over items)"
+    )
     header = ["attack", "candidates", "before the edit", "after", "share of candidates, %"]
     cells = [
         [
@@ -68,7 +80,7 @@ def attacks_section(figures: Mapping[str, float], attacks: Mapping[str, str], it
         ]
         for title_of, key in attacks.items()
     ]
-    html = f"<p>{escape(title)}</p>{html_table(header, cells)}"
+    html = f"<p>{escape(title)}</p>{html_table(header, cells)}<p>{escape(SHARES)}</p>"
     return Section("Attacks", html, printed=plain_table(title, header, cells))
 
 
@@ -81,7 +93,8 @@ def scores_section(figures: Mapping[str, float]) -> Section:
         cells.append([f"accuracy, {text}, after", interval(figures, f"accuracy_after/{name}")])
         cells.append([f"accuracy lost, {text}", interval(figures, f"delta/{name}")])
     header = ["score", "mean"]
-    return Section("Scores", html_table(header, cells), printed=plain_table(title, header, cells))
+    html = f"{html_table(header, cells)}<p>{escape(MEANINGS)}</p>"
+    return Section("Scores", html, printed=plain_table(title, header, cells))
 
 
 def tradeoff(figures: Mapping[str, float], attacks: Mapping[str, str]) -> Section:
@@ -134,7 +147,10 @@ def card(row: Row, sample: Sample | None) -> str:
     question = sample.question if sample is not None and sample.question else f"Item {row['id']}"
     out = succeeded(row)
     probabilities = [f"{row[when]['answer']['question']:.2g}" for when in ("before", "after")]
+    found_before = any(share > 0 for share in row["before"]["attacks"].values())
     style, mark = ("wrong", "✗ still there: ") if out else ("right", "✓ no attack found it")
+    if not out and not found_before:
+        style, mark = "", "not found before either"
     return (
         f'<article class="example"><div class="where">{escape(str(row["id"]))}</div>'
         f'<div class="question">{escape(question)}</div>{media_html(sample)}'

@@ -60,6 +60,16 @@ def test_every_item_has_every_figure_and_the_edit_erases(full_rows):
     assert module.test_results["layers"]["after"][4] == pytest.approx(mean)
 
 
+def test_a_model_that_knows_nothing_is_no_success():
+    module = kit.unlearning(attacks=[HeadProjection([4], k=1)])
+    with pytest.warns(UserWarning, match="none of the 5 items is answered right before"):
+        rows = kit.rows_of(module)
+    assert module.test_results["figures"]["answered_before"] == 0
+    pages = [section.html for section in module.report_sections([])]
+    assert "no attack found it" not in "".join(pages)
+    assert "".join(pages).count("not found before either") == len(rows)
+
+
 def test_the_lens_of_the_last_layer_is_the_probability_of_one_token(full_rows):
     """Of items whose answer is one token."""
     _, rows = full_rows
@@ -213,8 +223,12 @@ def test_what_cannot_be_is_one_clear_error(tmp_path):
         kit.unlearning(RMU(4))
     with pytest.raises(ValueError, match="matches 4 layers"):
         kit.unlearning(edited=r"language\.model\.layers\.\d\.mlp\.down_proj")
-    with pytest.raises(LookupError, match="matches no module"):
+    with pytest.raises(LookupError, match=r"model\.init_args\.edited: .* matches no module"):
         kit.unlearning(edited="nothing")
+    with pytest.raises(ValueError, match="attacks is empty"):
+        kit.unlearning(attacks=[])
+    with pytest.raises(ValueError, match=r"mode=joint attacks what a fit has left.*--ckpt_path"):
+        kit.rows_of(kit.unlearning(mode="joint"))
     with pytest.raises(ValueError, match="two of the name 'head projection'"):
         kit.unlearning(attacks=[HeadProjection([4]), HeadProjection([3])])
 
