@@ -21,6 +21,7 @@ from fulgurite.methods.unlearning.objectives.input_rephrasing import InputRephra
 from fulgurite.methods.unlearning.objectives.npo import NPO
 from fulgurite.methods.unlearning.objectives.retain import RetainKL
 from fulgurite.methods.unlearning.objectives.rmu import RMU
+from fulgurite.modules.edited_state import EditedState
 from fulgurite.samples import DataError
 
 spec = importlib.util.spec_from_file_location("unlearning_kit", Path(__file__).with_name("conftest.py"))
@@ -58,6 +59,21 @@ def test_every_item_has_every_figure_and_the_edit_erases(full_rows):
     assert figures["budget/question_rephrase"] == 4
     mean = sum(row["after"]["layers"][4] for row in rows.values()) / 5
     assert module.test_results["layers"]["after"][4] == pytest.approx(mean)
+
+
+def test_an_answer_of_several_tokens_is_no_part_of_its_prompt(full_rows):
+    """Its probability is the product of those of its tokens, each behind the prompt and the tokens before it."""
+    module, _ = full_rows
+    item = kit.item(2)
+    labels = module.labels_of(["very blue"])
+    batch, state = module.encoded([item]), EditedState(module.bank, module.site)
+    assert labels.shape == (1, 2)
+    assert not set(labels[0].tolist()) & set(batch["text"][0].tolist())
+    nobody = torch.zeros(1, dtype=torch.long)
+    first = module.lens(batch, [4])[4][0, labels[0, 0]]
+    second = module.lens_after(batch, labels[:, :1], [4], state, nobody)[4][0, labels[0, 1]]
+    found = module.scored([item], ["very blue"], nobody, state)["log_probability"]
+    assert float(found) == pytest.approx(float((first * second).log()), rel=1e-4)
 
 
 def test_a_model_that_knows_nothing_is_no_success():
