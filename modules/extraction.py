@@ -8,7 +8,7 @@ Legend: n items, R rows, B candidates, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,47 +26,47 @@ from fulgurite.samples import Batch, DataError, Sample
 
 
 def attacked(
-    module: Any, attacks: Sequence[Attack], samples: Sequence[Sample], state: EditedState
+    module: Any, attacks: Mapping[str, Attack], samples: Sequence[Sample], state: EditedState
 ) -> dict[str, list[float]]:
-    """By the attacks' titles the share of candidates that are the answer, of n items; an attack succeeds above 0.
+    """By name the share of candidates that are the answer, of n items; an attack succeeds above 0.
 
     Args:
         module: `MultimodalUnlearning`.
-        attacks: themselves.
+        attacks: by name.
         samples: n items.
         state: weights that are attacked.
     """
-    white = [attack for attack in attacks if isinstance(attack, WhiteBox)]
+    white = {name: attack for name, attack in attacks.items() if isinstance(attack, WhiteBox)}
     found = read_out(module, white, samples, state) if white else {}
-    for attack in attacks:
+    for name, attack in attacks.items():
         if isinstance(attack, BlackBox):
-            found[attack.title] = asked(module, attack, samples, state)
+            found[name] = asked(module, attack, samples, state)
         elif isinstance(attack, Quantized):
-            found[attack.title] = rounded(module, attack, samples, state)
+            found[name] = rounded(module, attack, samples, state)
         elif isinstance(attack, Relearning):
-            found[attack.title] = relearned(module, attack, samples, state)
-    return {attack.title: found[attack.title] for attack in attacks}
+            found[name] = relearned(module, attack, samples, state)
+    return {name: found[name] for name in attacks}
 
 
 @torch.no_grad()
 def read_out(
-    module: Any, attacks: Sequence[WhiteBox], samples: Sequence[Sample], state: EditedState
+    module: Any, attacks: Mapping[str, WhiteBox], samples: Sequence[Sample], state: EditedState
 ) -> dict[str, list[float]]:
     """White-box attacks: one pass, one reading of the output matrix for all of them."""
     batch = module.encoded(samples)
     items = item_rows([1] * len(samples), module.device)
-    layers = sorted({layer for attack in attacks for layer in attack.layers})
+    layers = sorted({layer for attack in attacks.values() for layer in attack.layers})
     with state.over(items):
         lens = module.lens(batch, layers)
     answers = [answer_of(sample) for sample in samples]
     first = module.labels_of(answers)[:, 0]
     found = {}
-    for attack in attacks:
+    for name, attack in attacks.items():
         if isinstance(attack, WholeAnswer):
             texts = spelled(module, attack, batch, state, lens)
-            found[attack.title] = judged(texts, answers)
+            found[name] = judged(texts, answers)
         else:
-            found[attack.title] = torch.eq(attack.candidates(lens), first[:, None]).double().mean(1).tolist()
+            found[name] = torch.eq(attack.candidates(lens), first[:, None]).double().mean(1).tolist()
     return found
 
 
@@ -105,11 +105,12 @@ def asked(module: Any, attack: BlackBox, samples: Sequence[Sample], state: Edite
 
 def rounded(module: Any, attack: Quantized, samples: Sequence[Sample], state: EditedState) -> list[float]:
     """The inner attack on each item's rounded weight; all at once where they share one."""
+    then = {attack.title: attack.then}
     if state.shared:
-        return attacked(module, [attack.then], samples, state.quantized(0, attack))[attack.then.title]
+        return attacked(module, then, samples, state.quantized(0, attack))[attack.title]
     outcomes = []
     for item, sample in enumerate(samples):
-        outcomes += attacked(module, [attack.then], [sample], state.quantized(item, attack))[attack.then.title]
+        outcomes += attacked(module, then, [sample], state.quantized(item, attack))[attack.title]
     return outcomes
 
 
@@ -117,7 +118,7 @@ def relearned(module: Any, attack: Relearning, samples: Sequence[Sample], state:
     """The inner attack on weights that each item's relearning has changed."""
     edit = LowRankEdit(state.site, len(samples), attack.rank, attack.alpha, dropout=0.0).to(module.device)
     module.relearn(edit, attack, samples, state)
-    return attacked(module, [attack.then], samples, state.with_edit(edit))[attack.then.title]
+    return attacked(module, {attack.title: attack.then}, samples, state.with_edit(edit))[attack.title]
 
 
 def judged(texts: Sequence[Sequence[str]], answers: Sequence[str]) -> list[float]:

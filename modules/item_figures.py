@@ -43,11 +43,10 @@ def figures_of(module: Any, samples: Sequence[Sample], state: EditedState, inner
     if module.objective.injects:
         probabilities(module, samples, state, rows, "target", [module.new_target(sample) for sample in samples])
     written_answers(module, samples, state, rows)
-    attacks = module.attacks if inner else [getattr(attack, "then", attack) for attack in module.attacks]
-    unique = list({attack.title: attack for attack in attacks}.values())
-    outcomes = attacked(module, unique, samples, state)
+    attacks = {attack.title: attack if inner else getattr(attack, "then", attack) for attack in module.attacks}
+    outcomes = attacked(module, attacks, samples, state)
     for number, row in enumerate(rows):
-        row["attacks"] = {own.title: outcomes[run.title][number] for own, run in zip(module.attacks, attacks)}
+        row["attacks"] = {title: shares[number] for title, shares in outcomes.items()}
     layers(module, samples, state, rows)
     return rows
 

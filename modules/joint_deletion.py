@@ -51,6 +51,11 @@ class JointDeletion(ItemQuestions):
         self.deleted: dict[str, dict[str, float]] = {}
         self.nll_before: dict[tuple[str, str], Tensor] = {}
 
+    @property
+    def white_box(self) -> list[WhiteBox]:
+        """The attacks that read hidden states."""
+        return [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
+
     def on_fit_start(self) -> None:
         """As in the base. Where an objective compares probabilities of answers alone with those before the edit, one
         pass over all items serves the whole fit; it is the same pass in a resumed one."""
@@ -110,7 +115,7 @@ class JointDeletion(ItemQuestions):
         for edit in self.bank.adapters_of("live").values():
             edit.project()
         repeats = getattr(self.trainer.datamodule, "repeats", 1)
-        if repeats > 1 and (batch_idx + 1) % repeats == 0:
+        if repeats > 1 and (batch_idx + 1) % repeats == 0 and self.white_box:
             samples, own = batch["items"].samples, {}
             shares = self.read_out_now(samples)
             for number, (sample, counts) in enumerate(zip(samples, batch["counted"].tolist())):
@@ -124,7 +129,7 @@ class JointDeletion(ItemQuestions):
         super().on_train_epoch_end()
         if not self.deleted:
             return
-        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
+        white = self.white_box
         success = AttackSuccess({key_of(attack): attack.budget for attack in white}).to(self.device)
         pool = [sample for sample in self.pool if name_of(sample) in self.deleted]
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -144,10 +149,10 @@ class JointDeletion(ItemQuestions):
 
     def read_out_now(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
         """What white-box attacks find at present, by title."""
-        white = [attack for attack in self.attacks if isinstance(attack, WhiteBox)]
+        white = {attack.title: attack for attack in self.white_box}
         was_training = self.training
         self.eval()
-        found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True)) if white else {}
+        found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True))
         self.train(was_training)
         return found
 
