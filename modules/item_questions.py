@@ -89,9 +89,9 @@ class ItemQuestions(AnswerPasses):
             for number, (question, answer) in enumerate(sample.fact.neighbour_questions)
         ]
 
-    def seeds(self, samples: Sequence[Sample]) -> list[int]:
-        """Of each item's edit."""
-        return [digest_of(self.attack_seed, "edit", 0, f"{sample.domain} {sample.id}") for sample in samples]
+    def seeds(self, samples: Sequence[Sample], purpose: str) -> list[int]:
+        """Of each item's edit, by what it is for: no attacker knows where a defence began."""
+        return [digest_of(self.attack_seed, purpose, 0, f"{sample.domain} {sample.id}") for sample in samples]
 
 
 def answer_of(sample: Sample) -> str:

@@ -24,7 +24,7 @@ from fulgurite.backbones.generation import GenerativeBackbone
 from fulgurite.methods.adapters.bank import Placement
 from fulgurite.methods.schedules import Constant, Schedule, WarmupLinear
 from fulgurite.methods.structure import any_sites
-from fulgurite.methods.unlearning.attacks.base import Attack
+from fulgurite.methods.unlearning.attacks.base import Attack, BlackBox
 from fulgurite.methods.unlearning.attacks.head_projection import HeadProjection
 from fulgurite.methods.unlearning.attacks.wrapped import Relearning, Wrapped
 from fulgurite.methods.unlearning.edits.base import Edit
@@ -34,6 +34,7 @@ from fulgurite.methods.unlearning.objectives.base import Objective
 from fulgurite.methods.unlearning.objectives.error_injection import ErrorInjection
 from fulgurite.methods.unlearning.objectives.retain import RetainTerm
 from fulgurite.modules.edited_state import EditedState
+from fulgurite.modules.extraction import queries_of
 from fulgurite.modules.item_editing import Recipe, trained
 from fulgurite.modules.item_figures import figures_of
 from fulgurite.modules.item_questions import answer_of, require_facts
@@ -168,7 +169,7 @@ class MultimodalUnlearning(JointDeletion):
         return self.backbone.get_submodule(self.site_name)
 
     def _check(self) -> None:
-        """Raise ValueError where a layer is not there, or two attacks have one title."""
+        """Raise ValueError where a layer is not there, two attacks have one title, or blocks recompute."""
         depth = len(self.blocks)
         check_layers(self.objective.layers, depth, "model.init_args.objective.layers")
         for name, part in (("objective", self.objective), ("retain", self.retain)):
@@ -179,6 +180,11 @@ class MultimodalUnlearning(JointDeletion):
         for attack in self.attacks:
             inner = attack.then if isinstance(attack, Wrapped) else attack
             check_layers(getattr(inner, "layers", ()), depth, f"model.init_args.attacks, {attack.title}: layers")
+        if self.backbone.recompute and (self.mode == "independent" or self._relearns("neighbours", "retain")):
+            raise ValueError(
+                "model.init_args.backbone.init_args.recompute=true runs blocks again in the backward pass, where edits "
+                "of items are gone: leave it out, or set mode: joint without Relearning"
+            )
         if not self.attacks:
             raise ValueError("model.init_args.attacks is empty: name attacks, or null for Head Projection alone")
         titles = [attack.title for attack in self.attacks]
@@ -211,19 +217,26 @@ class MultimodalUnlearning(JointDeletion):
             self.prepare(self.data_info, data.stages())
         samples = data.samples("train" if stage == "fit" else "test")
         require_facts(samples)
+        asking = [
+            inner for inner in (getattr(each, "then", each) for each in self.attacks) if isinstance(inner, BlackBox)
+        ]
+        for sample in samples:
+            self.objective.questions(sample.question, sample.fact.rephrased_questions)
+            for attack in asking:
+                queries_of(attack, sample)
         self.pool = samples
         self.retained = list(data.retain()) if hasattr(data, "retain") else []
         if not self.retained and (self.retain is not None or self._relearns("retain")):
             raise DataError(f"{type(data).__name__} gives no samples to retain: set model.init_args.retain to null")
         self.labels_of([answer_of(sample) for sample in samples])
 
-    def _relearns(self, source: str) -> bool:
-        return any(isinstance(attack, Relearning) and attack.source == source for attack in self.attacks)
+    def _relearns(self, *sources: str) -> bool:
+        return any(isinstance(attack, Relearning) and attack.source in sources for attack in self.attacks)
 
     def edited_items(self, samples: Sequence[Sample]) -> Edit:
         """An edit with a slot per item, trained."""
         edit = self.edit(self.site, items=len(samples)).to(self.device)
-        edit.start(self.seeds(samples))
+        edit.start(self.seeds(samples, "edit"))
         recipe = Recipe(
             self.objective,
             self.retain,
@@ -244,7 +257,7 @@ class MultimodalUnlearning(JointDeletion):
 
     def relearn(self, edit: Edit, attack: Relearning, samples: Sequence[Sample], state: EditedState) -> None:
         """Train ``edit`` on top of ``state`` on answers that are not the deleted one."""
-        edit.start(self.seeds(samples))
+        edit.start(self.seeds(samples, "relearn"))
         pools = [self.beside(sample) if attack.source == "neighbours" else self.retained for sample in samples]
         pairs = [self.drawn_of(sample, attack.pairs, "relearn", pool) for sample, pool in zip(samples, pools)]
         short = next((s.id for s, own in zip(samples, pairs) if len(own) < attack.pairs), None)
