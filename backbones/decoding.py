@@ -24,6 +24,7 @@ from fulgurite.samples import Batch, DataError
 if TYPE_CHECKING:
     from fulgurite.backbones.causal import CausalBackbone
 
+BEHIND_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")  # of configurations
 BEFORE = ":"  # what prompts end with
 
 
@@ -48,8 +49,19 @@ def decoder_blocks(backbone: FrozenBackbone) -> list[nn.Module]:
 
 
 def lens_parts(backbone: FrozenBackbone) -> tuple[nn.Module, nn.Module]:
-    """Final norm and output layer, by which the state of any block reads as words. Raises as `decoder_tower`."""
+    """Final norm and output layer, by which the state of any block reads as words.
+
+    Raises:
+        LookupError: as `decoder_tower`; or the model changes its logits once more behind the output layer.
+    """
     norm, head = decoder_tower(backbone).final_norm, backbone.spec.head
+    settings = backbone.language.config.get_text_config()
+    changed = [name for name in BEHIND_HEAD if getattr(settings, name, None) not in (None, 1, 1.0)]
+    if changed:
+        raise LookupError(
+            f"{type(backbone).__name__}: its configuration has {', '.join(changed)}, by which logits are changed "
+            "behind the output layer, so that hidden states do not read as words; choose another model"
+        )
     return backbone.get_submodule(norm), backbone.get_submodule(head)
 
 

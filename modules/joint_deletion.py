@@ -58,15 +58,24 @@ class JointDeletion(ItemQuestions):
 
     def on_fit_start(self) -> None:
         """As in the base. Where an objective compares probabilities of answers alone with those before the edit, one
-        pass over all items serves the whole fit; it is the same pass in a resumed one."""
+        pass over all items serves the whole fit; it is the same pass in a resumed one.
+
+        Raises:
+            ValueError: gradients are accumulated, whose mean weighs short batches more.
+        """
         super().on_fit_start()
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                "losses are sums by counts of a batch, so accumulate_grad_batches would weigh batches and not answers: "
+                "leave it at 1 and raise data.batch_size"
+            )
         self.nll_before = {}
         if not self.objective.keeps_nll:
             return
         for start in range(0, len(self.pool), self.rows_per_pass):
             samples = self.pool[start : start + self.rows_per_pass]
             forget = self.forgotten(samples)
-            with torch.no_grad(), self.bank.use(None):
+            with self.trainer.precision_plugin.forward_context(), torch.no_grad(), self.bank.use(None):
                 views = objective_views(self, self.objective, forget)
             found = torch.stack([answer_nll(view) for view in views])
             for number, sample in enumerate(samples):
@@ -109,11 +118,14 @@ class JointDeletion(ItemQuestions):
         self.log(f"train/{name}", loss.detach(), batch_size=len(counted), sync_dist=True)
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """The edit goes back to where it may be. Items that are deleted one batch after the other are attacked when
-        theirs has had its last step."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """As in the base; then the edit goes back to where it may be, before anything is saved."""
+        super().optimizer_step(*args, **kwargs)
         for edit in self.bank.adapters_of("live").values():
             edit.project()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Items that are deleted one batch after the other are attacked when theirs has had its last step."""
         repeats = getattr(self.trainer.datamodule, "repeats", 1)
         if repeats > 1 and (batch_idx + 1) % repeats == 0 and self.white_box:
             samples, own = batch["items"].samples, {}
@@ -152,7 +164,8 @@ class JointDeletion(ItemQuestions):
         white = {attack.title: attack for attack in self.white_box}
         was_training = self.training
         self.eval()
-        found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True))
+        with self.trainer.precision_plugin.forward_context():
+            found = read_out(self, white, samples, EditedState(self.bank, self.site, live=True))
         self.train(was_training)
         return found
 

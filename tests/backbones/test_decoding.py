@@ -55,6 +55,13 @@ def test_models_that_read_an_encoder_have_no_lens(make_generative):
         decoder_tower(make_generative("t5"))
 
 
+def test_logits_that_are_changed_behind_the_output_layer_have_no_lens():
+    model = build()
+    model.language.config.final_logit_softcapping = 30.0
+    with pytest.raises(LookupError, match="final_logit_softcapping"):
+        lens_parts(model)
+
+
 def test_what_a_row_writes_does_not_depend_on_the_others():
     model, seeds = build(), list(range(40, 52))
     together = sampled_ids(model, batch_of(list(range(12))), seeds, 1.5, 5)

@@ -256,3 +256,9 @@ def test_what_is_asked():
 def test_refused_options(make):
     with pytest.raises(ValueError, match=r"must|choose|give a text"):
         make()
+
+
+def test_the_answer_itself_is_no_alternative():
+    assert ErrorInjection().targets("Cake", ["", " cake ", "bread"]) == ("bread",)
+    with pytest.raises(ValueError, match="no alternative"):
+        ErrorInjection().targets("cake", ["Cake"])

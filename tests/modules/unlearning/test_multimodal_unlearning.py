@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -154,6 +155,26 @@ def test_one_edit_for_all_is_trained_by_fit_and_attacked_by_test(tmp_path):
     }
     rows = kit.rows_of(module)
     assert all(row["after"]["target"]["question"] > row["before"]["target"]["question"] for row in rows.values())
+
+
+def test_an_edit_is_back_in_its_ball_before_anything_is_saved(tmp_path):
+    seen = []
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            (edit,) = module.bank.adapters_of("live").values()
+            seen.append(float(edit.delta.detach().abs().max()))
+
+    edit = functools.partial(WholeWeightEdit, ball=1e-3)
+    module = kit.unlearning(ErrorInjection(), mode="joint", edit=edit)
+    kit.trainer(max_epochs=2, callbacks=[Saving()], default_root_dir=tmp_path).fit(module, kit.ToyFacts(batch_size=5))
+    assert seen == pytest.approx([1e-3, 1e-3])
+
+
+def test_accumulated_gradients_are_refused(tmp_path):
+    module = kit.unlearning(mode="joint")
+    with pytest.raises(ValueError, match="accumulate_grad_batches"):
+        kit.trainer(accumulate_grad_batches=2, default_root_dir=tmp_path).fit(module, kit.ToyFacts(batch_size=2))
 
 
 def test_a_fit_asks_the_model_before_the_edit_once(tmp_path):
