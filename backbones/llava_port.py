@@ -78,10 +78,11 @@ class LlavaPort(CausalBackbone):
 
         if pretrained and config:
             raise ValueError("config changes the model's shape: set pretrained: false with it")
-        if config and not {"text_config", "vision_config"} & config.keys():
+        unknown = sorted(set(config or {}) - LlavaConfig().to_dict().keys())
+        if unknown:
             raise ValueError(
-                f"config={sorted(config)} are no fields of LlavaConfig: give those of its parts below text_config and "
-                "vision_config, as configs/tiny/llava_port.yaml does"
+                f"config: {unknown} are no fields of LlavaConfig; those of its parts go below text_config and "
+                "vision_config, as in configs/tiny/llava_port.yaml"
             )
         check_template(template, "template", meaning="where the instruction goes")
         check_template(template, "template", MARK, "where the picture goes")

@@ -22,7 +22,7 @@ Order = Literal["none", "activation", "group_aware"]
 COLUMNS_AT_ONCE = 16
 
 
-class View:
+class ColumnView:
     """Weights as they are in the middle of the loop."""
 
     def __init__(self, weight: Tensor, upper: Tensor, errors: Tensor, first: int, at: int, before: Tensor | None):
@@ -52,9 +52,9 @@ class Rule(Protocol):
     reads: Mapping[int, int]
     """Column before which `look` is called -> end of the columns that it reads."""
     keeps_start: bool
-    """Whether `look` wants `View.stale`."""
+    """Whether `look` wants `ColumnView.stale`."""
 
-    def look(self, column: int, view: View) -> None:
+    def look(self, column: int, view: ColumnView) -> None:
         """Decide on columns from ``column`` on, by their weights as they are now."""
 
     def replace(self, column: int, values: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def solve_columns(weight: Tensor, upper: Tensor, rule: Rule, block_size: int) ->
             for start, stop in segments(first, last, rule.reads):
                 for column in range(start, stop):
                     if column in rule.reads:
-                        rule.look(column, View(weight, upper, errors, first, column, before))
+                        rule.look(column, ColumnView(weight, upper, errors, first, column, before))
                     values, error = weight[column], errors[column - first]
                     replaced = rule.replace(column, values)
                     torch.sub(values, replaced, out=error).div_(pivots[column])

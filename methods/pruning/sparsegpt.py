@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fulgurite.methods.column_solver import View, checked_block_size, solve_columns
+from fulgurite.methods.column_solver import ColumnView, checked_block_size, solve_columns
 from fulgurite.methods.exact_masks import rounded_count, smallest_of_rows
 from fulgurite.methods.inverse_factor import checked_gram, damped_factor
 from fulgurite.methods.pruning.base import Pruner
@@ -62,7 +62,7 @@ class SparseRule:
         if grid is not None:
             grid.pruned = self.pruned
 
-    def look(self, column: int, view: View) -> None:
+    def look(self, column: int, view: ColumnView) -> None:
         """Choose among the weights from here on."""
         stop = self.reads[column]
         scores = (view.fresh(stop) / self.pivots[column:stop, None]).abs_()

@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from fulgurite.methods.column_solver import Order, View, checked_block_size, column_order, solve_columns
+from fulgurite.methods.column_solver import ColumnView, Order, checked_block_size, column_order, solve_columns
 from fulgurite.methods.inverse_factor import checked_gram, damped_factor
 from fulgurite.methods.quantization.base import Quantizer, ScaleType
 from fulgurite.methods.quantization.grid import (
@@ -72,7 +72,7 @@ class GridRule:
         if fitted_when != "static":
             self.reads = dict(zip(starts, starts[1:] + [len(groups)]))
 
-    def look(self, column: int, view: View) -> None:
+    def look(self, column: int, view: ColumnView) -> None:
         """Fit the grid of the group that begins here."""
         stop = self.reads[column]
         rows = (view.stale(stop) if self.keeps_start else view.fresh(stop)).T

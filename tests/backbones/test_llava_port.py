@@ -202,3 +202,8 @@ def test_options_and_questions_that_do_not_fit(folder, samples):
     marked = Sample("m", "d", task="vqa", question="an <image>", image=samples[0].image)
     with pytest.raises(DataError, match="sample 'm' has <image>"):
         LlavaPort(str(folder)).collator("fit")([samples[0], marked])
+
+
+def test_fields_of_a_language_model_are_none_of_the_whole():
+    with pytest.raises(ValueError, match=r"\['hidden_size'\] are no fields of LlavaConfig; .* below text_config"):
+        LlavaPort(pretrained=False, config={"hidden_size": 16, "text_config": {}})

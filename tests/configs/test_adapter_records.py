@@ -184,10 +184,10 @@ def test_trained_parameters_and_rates_are_those_of_the_table(record, build):
 
 @pytest.mark.parametrize(
     ("record", "decayed"),
-    [("vl_decay_by_type", 0), ("vl_adapter", 34), ("vl_compacter", 34 + 60), ("vl_hyperformer", 34)],
+    [("vl_decay_by_type", 0), ("vl_adapter", 34), ("vl_compacter", 34 + 60), ("vl_hyperformer", 34 + 4)],
 )
 def test_what_decays_is_chosen_by_type_or_by_the_published_names(record, decayed, build):
-    """By name 32 norms of BART and two of the visual embedding do, and the biases of Compacters."""
+    """By name 32 norms of BART, two of the visual embedding, biases of Compacters and embeddings of tasks do."""
     module = build(*of_size(record))
     spared, rest = grouped(module.trained(), module.param_groups)
     assert sum(p.dim() == 1 for p in rest["params"]) == decayed

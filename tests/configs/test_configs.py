@@ -29,7 +29,7 @@ PICTURES = [  # which test_pictures.py runs
 ]
 RETRIEVAL = [p for p in RECORDS if re.match(r"configs/(retrieval/|tiny/open_clip)", p)]  # test_retrieval_records.py
 ADAPTERS = [p for p in RECORDS if re.match(r"configs/(adapters/|tiny/(vl|text|llava))", p)]  # test_adapter_records.py
-UNLEARNING = [p for p in RECORDS if p.startswith("configs/unlearning/")]  # test_unlearning_records.py
+UNLEARNING = [p for p in RECORDS if re.match(r"configs/(unlearning/|tiny/unlearning)", p)]  # test_unlearning_records.py
 TWO_PROCESSES = ["configs/merge/stages.yaml"]  # by their strategy; here in one
 OVERLAYS = [p for p in RECORDS if p not in (*TINY.values(), *PICTURES, *RETRIEVAL, *ADAPTERS, *UNLEARNING)]
 

@@ -105,7 +105,8 @@ def small(tmp_path):
         documents = documents_of(record)
         base = documents[0]["model"]["init_args"]
         port = base["backbone"]["class_path"] == "LlavaPort"
-        tiny = ROOT / "configs" / "tiny" / ("llava_port.yaml" if port else "llava.yaml")
+        name = "llava_port" if port else "unlearning" if "attacks" in base else "llava"
+        tiny = ROOT / "configs" / "tiny" / f"{name}.yaml"
         config = load_file(tiny)["model"]["init_args"]["backbone"]["init_args"]["config"]
         narrow = {"num_hidden_layers": blocks, "hidden_size": 16, "intermediate_size": 16}
         config = {**config, "text_config": {**config["text_config"], **narrow}} if port else {**config, **narrow}
