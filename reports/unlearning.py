@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from fulgurite.reports.compression import Point, tradeoff_section
@@ -98,12 +99,12 @@ def scores_section(figures: Mapping[str, float]) -> Section:
 
 
 def tradeoff(figures: Mapping[str, float], attacks: Mapping[str, str]) -> Section:
-    """A point per attack at this edit's damage, and one before the edit."""
+    """A point per attack at this edit's damage, and one for all of them before it."""
     damage = figures["delta/random"]
-    points = [
-        Point(title, 0.0 if math.isnan(damage) else damage, figures[f"success/{key}"]) for title, key in attacks.items()
-    ]
-    points += [Point(f"{title}, before", 0.0, figures[f"success_before/{key}"]) for title, key in attacks.items()]
+    damage = 0.0 if math.isnan(damage) else damage
+    points = [Point(title, damage, figures[f"success/{key}"]) for title, key in attacks.items()]
+    before = fmean(figures[f"success_before/{key}"] for key in attacks.values())
+    points.append(Point("before the edit, mean", 0.0, before))
     return tradeoff_section(
         points, "accuracy lost on other items, points", "attack success, %", "Extraction against damage"
     )
