@@ -321,7 +321,7 @@ class MultimodalUnlearning(JointDeletion):
         )
         if not self.test_results["known"]:
             rank_zero_warn(
-                f"none of the {len(self.pool)} items is answered right before its edit, so there was nothing to "
+                "none of the tested items is answered right before its edit, so there was nothing to "
                 "delete: set model.init_args.backbone.init_args.checkpoint to a run that has learned them"
             )
         for name, value in self.test_results["figures"].items():
